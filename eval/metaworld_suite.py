@@ -1,0 +1,185 @@
+"""Meta-World (MuJoCo, Sawyer arm) as a `Suite`: https://github.com/Farama-Foundation/Metaworld
+
+Action (D=4): hand displacement dx, dy, dz in [-1, 1] (1 = 1 cm of mocap target per step) and gripper effort in
+[-1, 1] (+1 closes). State (S=4): hand x, y, z in metres and finger opening in [0, 1].
+
+Camera `corner2`, moved to (0.75, 0.075, 0.7) as published Meta-World policies do (LeRobot, QueST), turned upright.
+Shadows and reflections are off: on a software renderer they cost four times the rest of the frame.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from vla.types import ActionChunk, Observation, Policy, Task, VlaError, problem
+
+CAMERA = "corner2"
+CAMERA_POSITION_M = (0.75, 0.075, 0.7)
+MAX_STEPS = 120
+
+# One instruction per task, worded after the tasks' published descriptions.
+INSTRUCTIONS = {
+    "button-press-topdown": "press the button from the top",
+    "button-press": "press the button",
+    "coffee-button": "push the button on the coffee machine",
+    "dial-turn": "rotate the dial",
+    "door-close": "close the door",
+    "door-lock": "lock the door",
+    "door-open": "open the door",
+    "door-unlock": "unlock the door",
+    "drawer-close": "close the drawer",
+    "drawer-open": "open the drawer",
+    "faucet-close": "turn the faucet clockwise",
+    "faucet-open": "turn the faucet counter-clockwise",
+    "handle-press": "press the handle down",
+    "handle-press-side": "press the handle down sideways",
+    "handle-pull": "pull the handle up",
+    "lever-pull": "pull the lever up",
+    "peg-unplug-side": "unplug the peg sideways",
+    "pick-place": "pick up the puck and bring it to the goal",
+    "plate-slide": "slide the plate into the goal",
+    "plate-slide-back": "slide the plate back",
+    "plate-slide-side": "slide the plate sideways into the goal",
+    "push": "push the puck to the goal",
+    "reach": "reach the goal",
+    "soccer": "kick the ball into the goal",
+    "sweep-into": "sweep the puck into the hole",
+    "window-close": "close the window",
+    "window-open": "open the window",
+}
+
+
+def use_offscreen_gl() -> None:
+    """Choose MuJoCo's off-screen backend before it is imported; EGL unless the user chose another."""
+    os.environ.setdefault("MUJOCO_GL", "egl")
+
+
+def _metaworld() -> Any:
+    use_offscreen_gl()
+    try:
+        import metaworld
+        import metaworld.env_dict
+        import metaworld.policies
+    except ImportError as error:
+        raise VlaError(f"Meta-World cannot be imported ({error}); fix: pip install 'vla-toolkit[metaworld]'") from error
+    return metaworld
+
+
+class MetaWorldEnv:
+    """One Meta-World task. See `vla.types.Env`."""
+
+    def __init__(self, task: Task, image_size_px: int) -> None:
+        metaworld = _metaworld()
+        import mujoco
+
+        self._mujoco = mujoco
+        self.task = task
+        self.image_size_px = image_size_px
+        self.render_frames = True
+        classes = metaworld.env_dict.ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
+        self._env = classes[f"{task.name}-v3-goal-observable"](seed=0)
+        self._env._freeze_rand_vec = False  # a new object position at each reset ...
+        self._env.seeded_rand_vec = True  # ... drawn from this env's seed; Meta-World's default is np.random's global one
+        self._env.max_path_length = task.max_steps + 1  # our own limit truncates first
+        self._env.model.camera(CAMERA).pos[:] = CAMERA_POSITION_M
+        self._renderer: Any = None
+        self._n_steps = 0
+
+    def reset(self, *, seed: int, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
+        self._env.seed(seed)
+        raw, _ = self._env.reset()
+        # Places the camera, and makes the solver's warm start the same in a fresh and a used environment.
+        self._mujoco.mj_forward(self._env.model, self._env.data)
+        self._n_steps = 0
+        return self._observation(raw), {"success": False}
+
+    def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        if action.shape != (4,) or not np.isfinite(action).all():
+            raise problem(f"action {action!r}", "4 finite numbers", "check the policy's action spec")
+        raw, _, _, _, info = self._env.step(np.clip(action, -1.0, 1.0))
+        self._n_steps += 1
+        if not np.isfinite(raw).all():
+            raise FloatingPointError(f"simulator state is not finite after step {self._n_steps} of {self.task.name}")
+        success = bool(info["success"] > 0)
+        truncated = not success and self._n_steps >= self.task.max_steps
+        return self._observation(raw), float(success), success, truncated, {"success": success}
+
+    def close(self) -> None:
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+
+    def frame(self) -> np.ndarray:
+        """uint8 (image_size_px, image_size_px, 3), upright."""
+        mujoco, model, data = self._mujoco, self._env.model, self._env.data
+        if self._renderer is None:
+            self._renderer = mujoco.Renderer(model, self.image_size_px, self.image_size_px)
+            for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+                self._renderer.scene.flags[flag] = False
+        self._renderer.update_scene(data, CAMERA)
+        return np.ascontiguousarray(self._renderer.render()[::-1, ::-1])
+
+    def _observation(self, raw: np.ndarray) -> Observation:
+        images = {CAMERA: self.frame()} if self.render_frames else {}
+        return Observation(images, raw[:4].astype(np.float32), self.task.instruction, privileged=raw.copy())
+
+
+class MetaWorldExpert:
+    """Meta-World's own scripted policy for one task, as a `Policy` with a horizon of one."""
+
+    def __init__(self, task: str) -> None:
+        self._policy = _metaworld().policies.ENV_POLICY_MAP[f"{task}-v3"]()
+        self.metadata = {"name": f"expert/{task}", "horizon": 1, "action_dim": 4}
+
+    def act(self, observations: Sequence[Observation]) -> list[ActionChunk]:
+        chunks = []
+        for observation in observations:
+            if observation.privileged is None:
+                raise problem("no privileged state", "the simulator's state vector", "run the expert in its own suite")
+            action = self._policy.get_action(observation.privileged)
+            chunks.append(ActionChunk(np.clip(action, -1.0, 1.0).astype(np.float32)[None]))
+        return chunks
+
+    def reset(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class MetaWorldSuite:
+    """See `vla.types.Suite`."""
+
+    task_names: tuple[str, ...] = ("faucet-open", "faucet-close", "drawer-close", "window-open")
+    name: str = "metaworld"
+    image_size_px: int = 160
+    max_steps: int = MAX_STEPS
+    cameras: tuple[str, ...] = (CAMERA,)
+    control_hz: float = 80.0  # 2.5 ms physics x 5 frames
+    action_names: tuple[str, ...] = ("dx", "dy", "dz", "gripper")
+    state_names: tuple[str, ...] = ("hand_x_m", "hand_y_m", "hand_z_m", "gripper_opening")
+
+    def __post_init__(self) -> None:
+        for name in self.task_names:
+            if name not in INSTRUCTIONS:
+                raise problem(f"Meta-World task {name!r}", f"one of {', '.join(INSTRUCTIONS)}", "correct the name")
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        return tuple(Task(name, INSTRUCTIONS[name], self.max_steps) for name in self.task_names)
+
+    def make(self, task: str) -> MetaWorldEnv:
+        found = [t for t in self.tasks if t.name == task]
+        if not found:
+            raise problem(f"task {task!r}", f"one of {', '.join(self.task_names)}", "choose a task of this suite")
+        return MetaWorldEnv(found[0], self.image_size_px)
+
+    def expert(self, task: str) -> Policy:
+        return MetaWorldExpert(task)
+
+    def versions(self) -> dict[str, str]:
+        return {name: version(name) for name in ("metaworld", "mujoco", "gymnasium")}

@@ -1,0 +1,140 @@
+"""Action tokens into a model's vocabulary, LoRA onto its layers.
+
+Order matters and is stored with the policy: add tokens, resize the embedding, then attach the adapter. An adapter with
+trained token rows cannot be loaded onto an embedding that was not resized first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from vla.backbone import Backbone
+from vla.tokenizers.placement import Placement
+from vla.types import problem
+
+PlacementKind = Literal["tail", "reserved", "added"]
+AddedInit = Literal["mean", "numbers"]
+PARTS = ("llm", "projector", "vision")
+
+
+def place_actions(backbone: Backbone, kind: PlacementKind, n: int, init: AddedInit = "mean") -> tuple[Placement, int]:
+    """Give `n` action symbols a place in the vocabulary; for `added`, the model and tokenizer grow.
+
+    Returns:
+        The placement, and how many tokens were added (0 unless `added`).
+    """
+    tokenizer = backbone.processor.tokenizer
+    special = tokenizer.all_special_ids
+    if kind == "tail":
+        placement = Placement.tail(
+            tokenizer.vocab_size, n, model_vocab_size=backbone.n_embeddings, tokenizer_length=len(tokenizer),
+            special_ids=special,
+        )  # fmt: skip
+        return placement, 0
+    if kind == "reserved":
+        ids = reserved_ids(tokenizer)
+        if len(ids) < n:
+            raise problem(f"{len(ids)} reserved tokens", f"at least {n}", "use --placement added, or fewer bins")
+        return Placement.reserved(ids[:n], model_vocab_size=backbone.n_embeddings), 0
+    first = add_action_tokens(backbone, n, init)
+    return Placement.added(first, n, model_vocab_size=backbone.n_embeddings, special_ids=special), n
+
+
+def reserved_ids(tokenizer: Any) -> list[int]:
+    """Ids of tokens a vocabulary keeps free (<reserved_0>, <|reserved_special_token_0|>, <unused0>, ...), ascending."""
+    pattern = re.compile(r"<\|?(reserved|unused|extra_id)[a-z_]*_?\d+\|?>|\[unused\d+\]")
+    return sorted(i for token, i in tokenizer.get_vocab().items() if pattern.fullmatch(token))
+
+
+def add_action_tokens(backbone: Backbone, n: int, init: AddedInit) -> int:
+    """Append `<act_0>` .. `<act_{n-1}>`; returns the first id. The new rows are deterministic.
+
+    `mean` starts each row at the mean of the vocabulary, so untrained tokens are equally likely. `numbers` copies the
+    row of the integer word of the same bin (symbol s -> round(255 s / (n - 1))): a model that has learned what numbers
+    mean then starts with ordered actions.
+    """
+    tokenizer, model = backbone.processor.tokenizer, backbone.model
+    first, old_rows = len(tokenizer), backbone.n_embeddings
+    rows = [_number_ids(tokenizer, n)] if init == "numbers" else [list(range(first))]
+    tokenizer.add_tokens([f"<act_{i}>" for i in range(n)])
+    if first + n > old_rows:
+        model.resize_token_embeddings(first + n, mean_resizing=False)
+    layers = {id(layer): layer for layer in (model.get_input_embeddings(), model.get_output_embeddings())}.values()
+    weights = {layer.weight.data_ptr(): layer.weight for layer in layers}.values()  # one, if they are tied
+    with torch.no_grad():
+        for weight in weights:
+            source = weight[torch.tensor(rows[0])].clone()
+            weight[first : first + n] = source if init == "numbers" else source.mean(0, keepdim=True)
+    return first
+
+
+def _number_ids(tokenizer: Any, n: int) -> list[int]:
+    ids = []
+    for symbol in range(n):
+        encoded = tokenizer.encode(str(round(255 * symbol / (n - 1))), add_special_tokens=False)
+        if len(encoded) != 1:
+            raise problem(f"{len(encoded)} tokens for one integer", "one token per integer 0..255",
+                          "use --added-init mean with this tokenizer")  # fmt: skip
+        ids.append(encoded[0])
+    return ids
+
+
+def part_of(module_name: str) -> str:
+    """'vision', 'projector' or 'llm', from the names the families give their modules."""
+    if re.search(r"(^|\.)(multi_modal_projector|connector|merger|mlp1|projector)(\.|$)", module_name):
+        return "projector"
+    if re.search(r"(^|\.)(vision_tower|vision_model|visual|vision_backbone)(\.|$)", module_name):
+        return "vision"
+    return "llm"
+
+
+def lora_targets(model: nn.Module, parts: Collection[str]) -> list[str]:
+    """Full names of the linear layers in the chosen parts; never the output head."""
+    unknown = sorted(set(parts) - set(PARTS))
+    if unknown or not parts:
+        raise problem(f"LoRA parts {sorted(parts)}", f"some of {', '.join(PARTS)}", "correct --lora-parts")
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not name.endswith("lm_head") and part_of(name) in parts
+    ]
+
+
+def attach_lora(
+    backbone: Backbone, *, r: int, alpha: int, dropout: float, parts: Collection[str], train_ids: Collection[int]
+) -> None:
+    """Wrap `backbone.model` in a PEFT LoRA model, in place.
+
+    Args:
+        train_ids: vocabulary rows trained besides LoRA, normally the action ids; other rows stay frozen.
+    """
+    model = backbone.model
+    indices: dict[str, list[int]] | None = None
+    if train_ids:
+        embedding = _module_name(model, model.get_input_embeddings())
+        indices = {embedding: sorted(train_ids)}
+        head = model.get_output_embeddings()
+        if head.weight.data_ptr() != model.get_input_embeddings().weight.data_ptr():
+            indices[_module_name(model, head)] = sorted(train_ids)
+    config = LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=lora_targets(model, parts),
+        trainable_token_indices=indices, init_lora_weights=True,
+    )  # fmt: skip
+    backbone.model = get_peft_model(model, config)
+    backbone.model.eval()
+
+
+def _module_name(model: nn.Module, module: nn.Module) -> str:
+    return next(name for name, candidate in model.named_modules() if candidate is module)
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all), each parameter once."""
+    parameters = {id(p): p for p in model.parameters()}.values()
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)

@@ -1,0 +1,162 @@
+"""A pretrained vision-language model of any family that `AutoModelForImageTextToText` opens, as action code sees it.
+
+Families differ in chat templates, image placeholders, extra per-token inputs and who may attend to whom. The three
+operations here hide that: `encode` (images + text -> left-padded batch), `action_logits` (teacher-forced) and `sample`.
+Action ids are appended as ids, never as text, so nothing is re-tokenised.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from vla.decoding import ActionSampler, gumbel_noise
+from vla.types import VlaError, problem
+
+TINY = "tiny"
+TINY_PATH = Path(__file__).parent / "tiny"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_source(source: str) -> str:
+    """'tiny' becomes the packaged weights; anything else is a path or Hub id and stays as it is.
+
+    Raises:
+        VlaError: a bare name that is neither a folder nor of the form owner/name.
+    """
+    if source == TINY:
+        return str(TINY_PATH)
+    if not Path(source).exists() and "/" not in source:
+        near = difflib.get_close_matches(source, [TINY], 1, 0.3)
+        hint = f"did you mean {near[0]!r}?" if near else "pass 'tiny', a folder, or a Hub id such as owner/name"
+        raise problem(f"backbone {source!r}", "'tiny', a checkpoint folder, or owner/name on the Hub", hint)
+    return source
+
+
+def load_backbone(
+    source: str, *, processor_path: str | Path | None = None, dtype: str = "float32", device: str = "cpu", **options: Any
+) -> Backbone:
+    """Open a checkpoint with stock transformers; safetensors only, no remote code.
+
+    Args:
+        processor_path: where the processor is, if not in `source`.
+        options: passed to `from_pretrained` (revision, quantization_config, ...).
+    """
+    path = resolve_source(source)
+    if dtype not in DTYPES:
+        raise problem(f"dtype {dtype!r}", f"one of {', '.join(DTYPES)}", "correct --dtype")
+    try:
+        processor = AutoProcessor.from_pretrained(str(processor_path or path))
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=DTYPES[dtype], use_safetensors=True, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise VlaError(f"{source} cannot be opened as an image-text-to-text model: {error}; expected a checkpoint that "
+                       "AutoModelForImageTextToText loads, with its processor; fix: check the path") from error  # fmt: skip
+    if "quantization_config" not in options:
+        model = model.to(device)
+    return Backbone(model.eval(), processor)
+
+
+class Backbone:
+    """A model and its processor. `model` may be a PEFT model around the original."""
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model = model
+        self.processor = processor
+        tokenizer = processor.tokenizer
+        tokenizer.padding_side = "left"  # prompts then end in one column and action ids form a rectangle after it
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def n_embeddings(self) -> int:
+        return self.model.get_input_embeddings().weight.shape[0]
+
+    def encode(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> dict[str, torch.Tensor]:
+        """Model inputs of B prompts, left-padded; `input_ids` is (B, prompt length)."""
+        texts = [self._text(prompt, len(row)) for prompt, row in zip(prompts, images, strict=True)]
+        inputs = self.processor(
+            images=[list(row) for row in images], text=texts, padding=True, return_tensors="pt",
+            add_special_tokens=not self._templated,
+        )  # fmt: skip
+        inputs.pop("labels", None)  # PaliGemma's processor returns an all-ignored one
+        return {
+            name: value.to(self.device, self.model.dtype) if value.is_floating_point() else value.to(self.device)
+            for name, value in inputs.items()
+        }
+
+    def action_logits(self, inputs: dict[str, torch.Tensor], token_ids: torch.Tensor) -> torch.Tensor:
+        """(B, T, V) logits that predict each of `token_ids` (B, T), given the prompt and the ids before it."""
+        n_tokens = token_ids.shape[1]
+        extended = self._extend(inputs, token_ids[:, :-1])
+        return self.model(**extended, logits_to_keep=n_tokens, use_cache=False).logits[:, -n_tokens:]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        inputs: dict[str, torch.Tensor],
+        legal_ids: torch.Tensor,
+        n_tokens: int,
+        temperature: float = 0.0,
+        keys: Sequence[tuple[int, ...]] = (),
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Exactly `n_tokens` legal ids per row, and their log-probabilities over the legal ids; both (B, T).
+
+        Args:
+            temperature: 0 is greedy.
+            keys: one per row, the identity its noise is drawn from; needed when temperature > 0.
+        """
+        batch = inputs["input_ids"].shape[0]
+        noise = None
+        if temperature > 0:
+            if len(keys) != batch or not all(keys):
+                raise ValueError("sampling needs one non-empty key per row")
+            noise = gumbel_noise(keys, n_tokens, len(legal_ids)).to(self.device)
+        sampler = ActionSampler(legal_ids.to(self.device), n_tokens, temperature, noise)
+        self.model.generate(
+            **inputs, logits_processor=[sampler], do_sample=False, max_new_tokens=n_tokens, min_new_tokens=n_tokens,
+            pad_token_id=self.processor.tokenizer.pad_token_id, use_cache=True,
+        )  # fmt: skip
+        return sampler.token_ids, sampler.logprobs
+
+    @property
+    def _templated(self) -> bool:
+        return bool(self.processor.chat_template)
+
+    def _text(self, prompt: str, n_images: int) -> str:
+        if self._templated:
+            content = [{"type": "image"}] * n_images + [{"type": "text", "text": prompt}]
+            messages = [{"role": "user", "content": content}]
+            return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        if self.config.model_type == "paligemma":
+            return self.processor.image_token * n_images + prompt  # BOS and the newline come from its processor
+        return self.processor.image_token * n_images + "\n" + prompt
+
+    def _extend(self, inputs: dict[str, torch.Tensor], ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`inputs` with `ids` (B, t) appended and every other per-token input grown to match."""
+        extended = dict(inputs)
+        extended["input_ids"] = torch.cat([inputs["input_ids"], ids.to(self.device)], dim=1)
+        extended["attention_mask"] = _grow(inputs["attention_mask"], ids.shape[1], 1)
+        if "token_type_ids" in inputs:  # PaliGemma: 1 marks the causal suffix; elsewhere 0 is text
+            suffix = 1 if self.config.model_type == "paligemma" else 0
+            extended["token_type_ids"] = _grow(inputs["token_type_ids"], ids.shape[1], suffix)
+        if "mm_token_type_ids" in inputs:
+            extended["mm_token_type_ids"] = _grow(inputs["mm_token_type_ids"], ids.shape[1], 0)
+        return extended
+
+
+def _grow(tensor: torch.Tensor, n: int, value: int) -> torch.Tensor:
+    return torch.cat([tensor, tensor.new_full((tensor.shape[0], n), value)], dim=1)

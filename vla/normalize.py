@@ -1,0 +1,71 @@
+"""Actions between physical units and [-1, 1], by the statistics of one dataset.
+
+Quantile bounds as OpenVLA's BOUNDS_Q99: y = clip(2 (x - q01) / (q99 - q01 + 1e-8) - 1, -1, 1) where the mask is True,
+x itself where it is False (a gripper that already lies in [-1, 1]). The inverse is 0.5 (y + 1) (q99 - q01) + q01.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vla.types import problem
+
+EPSILON = 1e-8
+Statistics = dict[str, dict[str, Any]]
+"""OpenVLA's `dataset_statistics.json`: dataset -> {"action": {q01, q99, mask, ...}, "proprio": {...}, counts}."""
+
+
+@dataclass(frozen=True)
+class ActionNormalizer:
+    """Bounds of one dataset; arrays are (D,)."""
+
+    q01: np.ndarray
+    q99: np.ndarray
+    mask: np.ndarray
+    """bool; False: the dimension is left as it is."""
+
+    def normalize(self, actions: np.ndarray) -> np.ndarray:
+        """float (..., D) physical -> float32 (..., D) in [-1, 1] where masked."""
+        scaled = 2.0 * (actions - self.q01) / (self.q99 - self.q01 + EPSILON) - 1.0
+        return np.where(self.mask, np.clip(scaled, -1.0, 1.0), actions).astype(np.float32)
+
+    def unnormalize(self, actions: np.ndarray) -> np.ndarray:
+        """The inverse, float32; NaN stays NaN."""
+        return np.where(self.mask, 0.5 * (actions + 1.0) * (self.q99 - self.q01) + self.q01, actions).astype(np.float32)
+
+
+def action_normalizer(statistics: Statistics, unnorm_key: str | None, dim: int) -> ActionNormalizer:
+    """The normaliser of `unnorm_key`, which may be None if there is exactly one dataset.
+
+    Raises:
+        VlaError: unknown or missing key, missing fields, another number of dimensions, q01 > q99, non-finite values.
+    """
+    key = choose_key(statistics, unnorm_key)
+    action = statistics[key].get("action", {})
+    missing = [name for name in ("q01", "q99") if name not in action]
+    if missing:
+        raise problem(f"statistics of {key!r} without action {', '.join(missing)}", "q01 and q99 per dimension",
+                      "recompute them with `vla data stats`")  # fmt: skip
+    q01, q99 = np.asarray(action["q01"], np.float64), np.asarray(action["q99"], np.float64)
+    mask = np.asarray(action.get("mask", [True] * len(q01)), bool)
+    if not q01.shape == q99.shape == mask.shape == (dim,):
+        raise problem(f"statistics of {key!r} for {q01.size} dimensions", f"{dim}, the policy's action size",
+                      "use the statistics of the data the policy was trained on")  # fmt: skip
+    if not (np.isfinite(q01).all() and np.isfinite(q99).all() and (q01 <= q99).all()):
+        raise problem(f"q01 {q01.tolist()}, q99 {q99.tolist()}", "finite, q01 <= q99", "recompute the statistics")
+    return ActionNormalizer(q01, q99, mask)
+
+
+def choose_key(statistics: Statistics, unnorm_key: str | None) -> str:
+    """The dataset whose statistics to use; VlaError listing the known ones."""
+    known = ", ".join(sorted(statistics)) or "none"
+    if unnorm_key is None:
+        if len(statistics) != 1:
+            raise problem("no unnorm_key", f"one of: {known}", "pass --unnorm-key")
+        return next(iter(statistics))
+    if unnorm_key not in statistics:
+        raise problem(f"unnorm_key {unnorm_key!r}", f"one of: {known}", "pass a known --unnorm-key")
+    return unnorm_key

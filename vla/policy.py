@@ -1,0 +1,219 @@
+"""The policy: a backbone, an action codec, statistics and preprocessing as one thing that is saved and loaded whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Collection, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+
+from vla.adapters import AddedInit, PlacementKind, add_action_tokens, attach_lora, parameter_counts, place_actions
+from vla.backbone import Backbone, load_backbone
+from vla.files import write_json, write_text
+from vla.inputs import prepare_images, prepare_prompt
+from vla.model_card import model_card
+from vla.normalize import Statistics, action_normalizer, choose_key
+from vla.quantize import quantized_options, quantize_loaded
+from vla.spec import FILE, ActionSpec, BackboneSpec, ImageSpec, PolicySpec, PromptSpec, TokenSpec, read_spec, to_json
+from vla.tokenizers.chunk_codec import ActionCodec
+from vla.tokenizers.placement import Placement
+from vla.tokenizers.uniform import UniformTokenizer
+from vla.types import ActionChunk, Observation, VlaError, problem
+
+STATISTICS_FILE = "dataset_statistics.json"
+
+
+class LocalPolicy:
+    """A policy in this process. See `vla.types.Policy`."""
+
+    def __init__(
+        self, spec: PolicySpec, backbone: Backbone, statistics: Statistics, *, unnorm_key: str | None = None,
+        temperature: float = 0.0, quantization: str = "none",
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            unnorm_key: whose statistics turn tokens into physical actions; default: the spec's, or the only one.
+            temperature: 0 acts greedily; above, `Observation.key` decides the draw.
+            quantization: what was done to the weights, for `metadata`.
+        """
+        self.spec, self.backbone, self.statistics = spec, backbone, statistics
+        self.unnorm_key = choose_key(statistics, unnorm_key or spec.unnorm_key)
+        self.normalizer = action_normalizer(statistics, self.unnorm_key, spec.action.dim)
+        self.temperature = temperature
+        self.quantization = quantization
+        placement = Placement.load(spec.tokens.placement)
+        special = backbone.processor.tokenizer.all_special_ids if spec.tokens.placement["kind"] != "reserved" else ()
+        placement.check(backbone.n_embeddings, special)
+        self.codec = ActionCodec(UniformTokenizer(spec.tokens.bins), placement, spec.action.horizon, spec.action.dim)
+        self.legal_ids = torch.from_numpy(np.array(self.codec.legal_ids(0)))
+        """int64 (n_symbols,), ascending."""
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        trainable, total = parameter_counts(self.backbone.model)
+        return {
+            "name": self.spec.name, "horizon": self.spec.action.horizon, "action_dim": self.spec.action.dim,
+            "action_names": list(self.spec.action.names), "cameras": list(self.spec.image.cameras),
+            "image_size_px": self.spec.image.size_px, "state_names": list(self.spec.prompt.state_names),
+            "unnorm_key": self.unnorm_key, "unnorm_keys": sorted(self.statistics), "temperature": self.temperature,
+            "quantization": self.quantization, "backbone": dataclasses.asdict(self.spec.backbone),
+            "n_parameters": total, "control_hz": self.spec.action.control_hz, "delta": self.spec.action.delta,
+            "gripper_convention": self.spec.action.gripper_convention,
+        }  # fmt: skip
+
+    def reset(self) -> None:
+        """Nothing is remembered between queries."""
+
+    def encode(self, observations: Sequence[Observation]) -> dict[str, torch.Tensor]:
+        """Model inputs of B observations."""
+        images = [prepare_images(observation, self.spec.image) for observation in observations]
+        prompts = [prepare_prompt(observation, self.spec.prompt) for observation in observations]
+        return self.backbone.encode(prompts, images)
+
+    def act(self, observations: Sequence[Observation]) -> list[ActionChunk]:
+        if not observations:
+            return []
+        keys = [observation.key for observation in observations]
+        ids, logprobs = self.backbone.sample(
+            self.encode(observations), self.legal_ids, self.codec.n_tokens, self.temperature, keys
+        )
+        token_ids, logprob_rows = ids.cpu().numpy(), logprobs.float().cpu().numpy()
+        normalized, ok = self.codec.decode(token_ids)
+        actions = self.normalizer.unnormalize(normalized)
+        return [
+            ActionChunk(actions[i], token_ids[i], logprob_rows[i], bool(ok[i])) for i in range(len(observations))
+        ]
+
+    def action_token_ids(self, actions: np.ndarray, dataset: str) -> torch.Tensor:
+        """Physical actions (B, H, D) of one dataset -> int64 ids (B, T)."""
+        normalizer = action_normalizer(self.statistics, dataset, self.spec.action.dim)
+        return torch.from_numpy(self.codec.encode(normalizer.normalize(actions)))
+
+    def save(self, folder: Path, *, stage: str, settings: dict[str, Any]) -> None:
+        """Write the policy directory, whole or not at all; an existing one at `folder` is replaced."""
+        peft = isinstance(self.backbone.model, PeftModel)
+        weights = "adapter" if peft else "merged"
+        entry = {"stage": stage, "settings": json.loads(json.dumps(settings, default=str))}
+        spec = dataclasses.replace(
+            self.spec, backbone=dataclasses.replace(self.spec.backbone, weights=weights), versions=library_versions(),
+            provenance=(*self.spec.provenance, entry),
+        )  # fmt: skip
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        self.backbone.processor.save_pretrained(temporary / "processor")
+        self.backbone.processor.tokenizer.save_pretrained(temporary / "tokenizer")
+        if peft:
+            self.backbone.model.save_pretrained(temporary / "adapter", save_embedding_layers=False)
+            (temporary / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is one level up
+        else:
+            self.backbone.model.save_pretrained(temporary / "model")
+            self.backbone.processor.save_pretrained(temporary / "model")
+        write_json(temporary / "action_tokenizer" / "tokenizer.json", {**self.codec.tokenizer.save(), "scheme": "uniform"})
+        write_json(temporary / STATISTICS_FILE, self.statistics)
+        write_json(temporary / FILE, to_json(spec))
+        write_text(temporary / "README.md", model_card(spec, self.statistics))
+        swap_folder(temporary, folder)
+
+
+def swap_folder(new: Path, target: Path) -> None:
+    """Fsync every file in `new`, then put it at `target`; what was there is removed afterwards."""
+    for path in sorted(new.rglob("*")):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(new, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of what can change results."""
+    found = {}
+    for name in ("vla-toolkit", "torch", "transformers", "peft", "timm", "numpy", "pillow", "mujoco", "metaworld"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def create_policy(
+    source: str, *, name: str, action: ActionSpec, image: ImageSpec, prompt: PromptSpec, statistics: Statistics,
+    placement: PlacementKind = "added", bins: int = 256, added_init: AddedInit = "mean", unnorm_key: str | None = None,
+    lora_r: int = 32, lora_alpha: int = 16, lora_dropout: float = 0.0,
+    lora_parts: Collection[str] = ("llm", "projector"), device: str = "cpu", dtype: str = "float32",
+) -> LocalPolicy:  # fmt: skip
+    """A new policy: a pretrained VLM, extended with action tokens, with a fresh LoRA adapter that trains."""
+    backbone = load_backbone(source, dtype=dtype, device=device)
+    placed, n_added = place_actions(backbone, placement, bins, added_init)
+    tokens = TokenSpec("uniform", bins, placed.save(), n_added, added_init)
+    model_type = backbone.config.model_type
+    attach_lora(backbone, r=lora_r, alpha=lora_alpha, dropout=lora_dropout, parts=lora_parts, train_ids=placed.ids)
+    spec = PolicySpec(name, BackboneSpec(source, model_type, "adapter"), action, image, prompt, tokens, unnorm_key)
+    return LocalPolicy(spec, backbone, statistics)
+
+
+def load_policy(
+    path: str | Path, *, device: str = "cpu", dtype: str = "float32", quantization: str = "none",
+    unnorm_key: str | None = None, temperature: float = 0.0, trainable: bool = False,
+) -> LocalPolicy:  # fmt: skip
+    """Open a policy directory.
+
+    Args:
+        quantization: none, int8 or nf4; needs merged weights (`vla merge`).
+        trainable: the adapter's parameters get gradients.
+
+    Raises:
+        VlaError: anything missing, corrupt or contradictory, with the file and the fix.
+    """
+    folder = Path(path)
+    spec = read_spec(folder)
+    statistics = _read_statistics(folder / STATISTICS_FILE)
+    merged = spec.backbone.weights == "merged"
+    weights = folder / ("model" if merged else "adapter")
+    if not weights.is_dir():
+        raise problem(f"no {weights.name}/ in {folder}", f"it, as {FILE} says weights={spec.backbone.weights!r}",
+                      "restore the folder from a copy of the policy")  # fmt: skip
+    if quantization != "none" and not merged:
+        raise problem(f"quantization {quantization} of an adapter policy", "merged weights",
+                      f"vla merge --policy {folder} --out MERGED, then quantize MERGED")  # fmt: skip
+    options, done = quantized_options(quantization, device)
+    source = str(weights) if merged else spec.backbone.source
+    processor_path = folder / "processor" if merged else None
+    backbone = load_backbone(source, processor_path=processor_path, dtype=dtype, device=device, **options)
+    backbone.model = quantize_loaded(backbone.model, done)
+    if spec.backbone.model_type and backbone.config.model_type != spec.backbone.model_type:
+        raise problem(f"a {backbone.config.model_type} model at {source}", spec.backbone.model_type,
+                      "restore the backbone the policy was trained on")  # fmt: skip
+    if not merged:
+        if spec.tokens.n_added:
+            add_action_tokens(backbone, spec.tokens.n_added, spec.tokens.added_init)
+        try:
+            backbone.model = PeftModel.from_pretrained(backbone.model, str(weights), is_trainable=trainable).eval()
+        except Exception as error:  # safetensors, JSON, shape and key errors have no common base
+            raise VlaError(f"{weights} cannot be loaded onto {source}: {error}; expected the adapter this policy was "
+                           "saved with; fix: restore the folder from a copy") from error  # fmt: skip
+    return LocalPolicy(spec, backbone, statistics, unnorm_key=unnorm_key, temperature=temperature, quantization=done)
+
+
+def _read_statistics(path: Path) -> Statistics:
+    if not path.is_file():
+        raise problem(f"no {path.name} in {path.parent}", "the statistics the policy was trained with",
+                      "restore the file; without it actions have no units")  # fmt: skip
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise problem(f"{path}: {error}", "JSON", "restore the file from a copy of the policy") from error

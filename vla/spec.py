@@ -1,0 +1,209 @@
+"""`policy.json`: everything besides weights that decides what a policy does, with its checks.
+
+Statistics and preprocessing travel with the weights; that they often do not is the field's most common fault.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vla.tokenizers.placement import Placement
+from vla.types import problem
+
+FORMAT_VERSION = 1
+FILE = "policy.json"
+
+
+@dataclass(frozen=True)
+class ActionSpec:
+    """What the numbers in an action mean."""
+
+    names: tuple[str, ...]
+    """One name per dimension; D is their count."""
+    horizon: int
+    """H, actions per chunk."""
+    delta: bool = True
+    """True: displacements; False: absolute targets."""
+    gripper_dim: int | None = None
+    """Index of the gripper in an action; None without one."""
+    gripper_convention: str = ""
+    """In words, e.g. '+1 closes, -1 opens'."""
+    control_hz: float = 0.0
+    """Control rate of the training data; 0 if unknown."""
+
+    @property
+    def dim(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How a camera frame becomes what the model's own processor is given."""
+
+    cameras: tuple[str, ...]
+    """Names looked up in `Observation.images`, in the order the model sees them."""
+    size_px: int
+    """Frames are resized to size_px x size_px."""
+    resize_filter: Literal["nearest", "bilinear", "bicubic", "lanczos", "box"] = "lanczos"
+    crop_area: float = 1.0
+    """Share of the area kept by a centre crop before resizing; 0.9 after training with OpenVLA's random crops."""
+    rotation_deg: Literal[0, 90, 180, 270] = 0
+    """Counter-clockwise turn applied first; 180 for LIBERO's raw cameras."""
+
+
+@dataclass(frozen=True)
+class PromptSpec:
+    """How instruction and proprioceptive state become text."""
+
+    template: str = "In: What action should the robot take to {instruction}?\nOut:"
+    """`{instruction}`, and `{state}` if the state is shown. The default is OpenVLA's."""
+    lowercase: bool = True
+    state_names: tuple[str, ...] = ()
+    """Dimensions of the state shown as text; empty: the state is not used."""
+    state_low: tuple[float, ...] = ()
+    """State value shown as 0, per dimension, in the state's units."""
+    state_high: tuple[float, ...] = ()
+    """State value shown as `state_bins - 1`, per dimension."""
+    state_bins: int = 256
+
+
+@dataclass(frozen=True)
+class TokenSpec:
+    """Which action tokenizer, and where its symbols sit in the model's vocabulary."""
+
+    scheme: Literal["uniform"] = "uniform"
+    bins: int = 256
+    placement: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """`vla.tokenizers.placement.Placement.save()`: kind, and the model vocabulary id of each symbol."""
+    n_added: int = 0
+    """Rows appended to the embedding before any adapter is attached."""
+    added_init: Literal["mean", "numbers"] = "mean"
+    """How those rows began: mean of the vocabulary, or the embedding of the number word of the same bin."""
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """The pretrained model under the policy."""
+
+    source: str
+    """'tiny', a Hub id, or a path of a Hugging Face checkpoint."""
+    model_type: str = ""
+    """`config.model_type`, checked at load."""
+    weights: Literal["base", "adapter", "merged"] = "base"
+    """base: `source` as it is; adapter: `source` + adapter/; merged: model/, `source` is then only history."""
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """The contents of `policy.json`."""
+
+    name: str
+    backbone: BackboneSpec
+    action: ActionSpec
+    image: ImageSpec
+    prompt: PromptSpec
+    tokens: TokenSpec
+    unnorm_key: str | None = None
+    """Default statistics; None: must be chosen when there are several."""
+    temperature: float = 0.0
+    """Sampling temperature the policy was last trained with; acting is greedy unless asked."""
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Libraries and simulator at the time of writing."""
+    provenance: tuple[dict[str, Any], ...] = ()
+    """One entry per stage that made it: stage, settings, parent."""
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def check(spec: PolicySpec) -> None:
+    """Raise `VlaError` for a spec that contradicts itself."""
+    action, tokens, prompt = spec.action, spec.tokens, spec.prompt
+    if spec.format_version != FORMAT_VERSION:
+        raise problem(f"policy format {spec.format_version}", f"{FORMAT_VERSION}", "use the toolkit that wrote it")
+    if action.dim < 1 or action.horizon < 1:
+        raise problem(f"{action.dim} dimensions x {action.horizon} steps", "at least 1 x 1", "correct `action`")
+    if action.gripper_dim is not None and not 0 <= action.gripper_dim < action.dim:
+        raise problem(f"gripper_dim {action.gripper_dim}", f"0..{action.dim - 1}", "correct `action.gripper_dim`")
+    n_symbols = Placement.load(tokens.placement).n_symbols
+    if n_symbols != tokens.bins:
+        raise problem(f"{n_symbols} token ids", f"{tokens.bins}, one per bin", "correct `tokens`")
+    if not spec.image.cameras:
+        raise problem("no cameras", "at least one camera name", "correct `image.cameras`")
+    if not 0.0 < spec.image.crop_area <= 1.0:
+        raise problem(f"crop_area {spec.image.crop_area}", "0 < crop_area <= 1", "correct `image.crop_area`")
+    if "{instruction}" not in prompt.template:
+        raise problem(f"template {prompt.template!r}", "a template with {instruction}", "correct `prompt.template`")
+    if ("{state}" in prompt.template) != bool(prompt.state_names):
+        raise problem(f"template {prompt.template!r} with state {prompt.state_names}", "{state} in the template if, and "
+                      "only if, state names are given", "correct `prompt`")  # fmt: skip
+    if not len(prompt.state_names) == len(prompt.state_low) == len(prompt.state_high):
+        raise problem("state names and bounds of different lengths", "one low and one high per name", "correct `prompt`")
+
+
+def to_json(spec: PolicySpec) -> dict[str, Any]:
+    return dataclasses.asdict(spec)
+
+
+def from_json(value: dict[str, Any]) -> PolicySpec:
+    return _build(PolicySpec, value, "policy")
+
+
+def read_spec(folder: Path) -> PolicySpec:
+    """`folder/policy.json`. VlaError if it is missing, not JSON, or wrong in any field."""
+    path = folder / FILE
+    if not path.is_file():
+        raise problem(f"no {FILE} in {folder}", "a policy directory", "check the path, or train one with `vla finetune`")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise problem(f"{path}: {error}", "JSON", "restore the file from a copy of the policy") from error
+    return from_json(value)
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """A dataclass from plain JSON; every field is checked against its annotation."""
+    if not isinstance(value, dict):
+        raise problem(f"{where}: {value!r}", f"an object with the fields of {kind.__name__}", f"correct {FILE}")
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    unknown = sorted(set(value) - set(fields))
+    if unknown:
+        raise problem(f"{where}: unknown {', '.join(unknown)}", f"only {', '.join(fields)}", f"correct {FILE}")
+    for name, field in fields.items():
+        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if needed and name not in value:
+            raise problem(f"{where}: no {name!r}", f"all of {', '.join(fields)}", f"correct {FILE}")
+    return kind(**{name: _convert(hints[name], item, f"{where}.{name}") for name, item in value.items()})
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, where)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, where)
+    if origin is Literal:
+        if value not in args:
+            raise problem(f"{where}: {value!r}", f"one of {', '.join(map(str, args))}", f"correct {FILE}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise problem(f"{where}: {value!r}", "a list", f"correct {FILE}")
+        return tuple(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    expected = origin or kind
+    if expected is not Any and (not isinstance(value, expected) or (expected is int and isinstance(value, bool))):
+        raise problem(f"{where}: {value!r}", expected.__name__, f"correct {FILE}")
+    return value
