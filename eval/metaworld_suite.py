@@ -78,7 +78,7 @@ class MetaWorldEnv:
         metaworld = _metaworld()
         import mujoco
 
-        self._mujoco = mujoco
+        self._mujoco: Any = mujoco
         self.task = task
         self.image_size_px = image_size_px
         self.render_frames = True

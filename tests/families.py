@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-HIDDEN, LAYERS, HEADS, VOCAB = 32, 2, 4, 400
+HIDDEN, LAYERS, HEADS, VOCAB = 64, 2, 4, 400
 TEXT = ["In: What action should the robot take to open the drawer?\nOut: State: 12 200 31 255 close the window"] * 3
 
 
@@ -27,7 +27,7 @@ def tokenizer(special: list[str], bos: str, eos: str) -> tf.PreTrainedTokenizerF
 
 def text_sizes(**more: object) -> dict:
     return {
-        "hidden_size": HIDDEN, "intermediate_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
+        "hidden_size": HIDDEN, "intermediate_size": 128, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
         "num_key_value_heads": 2, "vocab_size": VOCAB, "max_position_embeddings": 2048, **more,
     }  # fmt: skip
 
@@ -49,7 +49,7 @@ def smolvlm(folder: Path) -> None:
     config = tf.SmolVLMConfig(
         text_config=dict(model_type="llama", pad_token_id=0, **text_sizes()),
         vision_config=dict(
-            hidden_size=HIDDEN, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=64, patch_size=16
+            hidden_size=HIDDEN, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, image_size=64, patch_size=16
         ),
         image_token_id=tok.convert_tokens_to_ids("<image>"), scale_factor=2, pad_token_id=0,
     )  # fmt: skip
@@ -67,9 +67,9 @@ def qwen2_5_vl(folder: Path) -> None:
     )
     processor = tf.Qwen2_5_VLProcessor(image, tok, tf.Qwen2VLVideoProcessor(), chat_template=template)
     config = tf.Qwen2_5_VLConfig(
-        text_config=dict(rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}, **text_sizes()),
+        text_config=dict(rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}, **text_sizes()),
         vision_config=dict(
-            depth=1, hidden_size=HIDDEN, intermediate_size=64, num_heads=2, out_hidden_size=HIDDEN, patch_size=8,
+            depth=1, hidden_size=HIDDEN, intermediate_size=128, num_heads=2, out_hidden_size=HIDDEN, patch_size=8,
             fullatt_block_indexes=[0], window_size=32, spatial_merge_size=2,
         ),
         **{f"{name}_token_id": tok.convert_tokens_to_ids(token) for name, token in {
@@ -85,9 +85,9 @@ def paligemma(folder: Path) -> None:
     image.image_seq_length = 4
     processor = tf.PaliGemmaProcessor(image, tok)
     config = tf.PaliGemmaConfig(
-        text_config=dict(model_type="gemma", head_dim=8, **text_sizes()),
+        text_config=dict(model_type="gemma", head_dim=16, **text_sizes()),
         vision_config=dict(
-            hidden_size=HIDDEN, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=32,
+            hidden_size=HIDDEN, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, image_size=32,
             patch_size=16, projection_dim=HIDDEN, vision_use_head=False,
         ),
         projection_dim=HIDDEN, hidden_size=HIDDEN, image_token_index=tok.convert_tokens_to_ids("<image>"),
@@ -102,7 +102,7 @@ def llava(folder: Path) -> None:
     config = tf.LlavaConfig(
         text_config=dict(model_type="llama", **text_sizes()),
         vision_config=dict(
-            model_type="siglip_vision_model", hidden_size=HIDDEN, intermediate_size=64, num_hidden_layers=2,
+            model_type="siglip_vision_model", hidden_size=HIDDEN, intermediate_size=128, num_hidden_layers=2,
             num_attention_heads=2, image_size=32, patch_size=16, vision_use_head=False,
         ),
         image_token_index=tok.convert_tokens_to_ids("<image>"), vision_feature_select_strategy="full",

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from vla.decoding import ActionSampler, gumbel_noise
 from vla.types import VlaError, problem
@@ -72,6 +72,11 @@ class Backbone:
         tokenizer.padding_side = "left"  # prompts then end in one column and action ids form a rectangle after it
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
+        # A checkpoint's own repetition penalty, top-p or suppressed tokens would distort the action distribution, and
+        # passing a config to `generate` does not help: missing fields are filled from this one.
+        model.generation_config = GenerationConfig(
+            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id
+        )
 
     @property
     def device(self) -> torch.device:
@@ -98,11 +103,17 @@ class Backbone:
             for name, value in inputs.items()
         }
 
-    def action_logits(self, inputs: dict[str, torch.Tensor], token_ids: torch.Tensor) -> torch.Tensor:
-        """(B, T, V) logits that predict each of `token_ids` (B, T), given the prompt and the ids before it."""
+    def action_logits(
+        self, inputs: dict[str, torch.Tensor], token_ids: torch.Tensor, model: Any = None
+    ) -> torch.Tensor:
+        """(B, T, V) logits that predict each of `token_ids` (B, T), given the prompt and the ids before it.
+
+        Args:
+            model: what to call instead of `self.model`, e.g. its wrapper for data-parallel training.
+        """
         n_tokens = token_ids.shape[1]
         extended = self._extend(inputs, token_ids[:, :-1])
-        return self.model(**extended, logits_to_keep=n_tokens, use_cache=False).logits[:, -n_tokens:]
+        return (model or self.model)(**extended, logits_to_keep=n_tokens, use_cache=False).logits[:, -n_tokens:]
 
     @torch.no_grad()
     def sample(
@@ -127,9 +138,8 @@ class Backbone:
             noise = gumbel_noise(keys, n_tokens, len(legal_ids)).to(self.device)
         sampler = ActionSampler(legal_ids.to(self.device), n_tokens, temperature, noise)
         self.model.generate(
-            **inputs, logits_processor=[sampler], do_sample=False, max_new_tokens=n_tokens, min_new_tokens=n_tokens,
-            pad_token_id=self.processor.tokenizer.pad_token_id, use_cache=True,
-        )  # fmt: skip
+            **inputs, logits_processor=[sampler], do_sample=False, max_new_tokens=n_tokens, min_new_tokens=n_tokens
+        )
         return sampler.token_ids, sampler.logprobs
 
     @property

@@ -19,7 +19,8 @@ def gumbel_noise(keys: Sequence[tuple[int, ...]], n_tokens: int, n_symbols: int)
     """float32 (B, T, n_symbols), row i drawn from a counter-based generator seeded by `keys[i]` alone."""
     rows = []
     for key in keys:
-        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([part & 0xFFFFFFFF for part in key])))
+        # The length goes in too: to SeedSequence, (1,) and (1, 0) are the same.
+        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([len(key), *key])))
         rows.append(generator.gumbel(size=(n_tokens, n_symbols)).astype(np.float32))
     return torch.from_numpy(np.stack(rows))
 

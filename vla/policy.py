@@ -21,7 +21,7 @@ from vla.files import write_json, write_text
 from vla.inputs import prepare_images, prepare_prompt
 from vla.model_card import model_card
 from vla.normalize import Statistics, action_normalizer, choose_key
-from vla.quantize import quantized_options, quantize_loaded
+from vla.quantize import quantize_loaded, quantized_options
 from vla.spec import FILE, ActionSpec, BackboneSpec, ImageSpec, PolicySpec, PromptSpec, TokenSpec, read_spec, to_json
 from vla.tokenizers.chunk_codec import ActionCodec
 from vla.tokenizers.placement import Placement
@@ -50,8 +50,10 @@ class LocalPolicy:
         self.temperature = temperature
         self.quantization = quantization
         placement = Placement.load(spec.tokens.placement)
-        special = backbone.processor.tokenizer.all_special_ids if spec.tokens.placement["kind"] != "reserved" else ()
-        placement.check(backbone.n_embeddings, special)
+        tokenizer = backbone.processor.tokenizer
+        # Reserved tokens may be registered as special; ending the text is the one meaning an action id cannot share.
+        reserved = spec.tokens.placement["kind"] == "reserved"
+        placement.check(backbone.n_embeddings, [tokenizer.eos_token_id] if reserved else tokenizer.all_special_ids)
         self.codec = ActionCodec(UniformTokenizer(spec.tokens.bins), placement, spec.action.horizon, spec.action.dim)
         self.legal_ids = torch.from_numpy(np.array(self.codec.legal_ids(0)))
         """int64 (n_symbols,), ascending."""

@@ -130,13 +130,20 @@ class Task:
 class Suite(Protocol):
     """A named set of tasks on one simulator. Must be picklable: worker processes build their environments from it."""
 
-    name: str
-    tasks: Sequence[Task]
-    cameras: Sequence[str]
-    image_size_px: int
-    control_hz: float
-    action_names: Sequence[str]
-    state_names: Sequence[str]
+    @property
+    def name(self) -> str: ...
+    @property
+    def tasks(self) -> Sequence[Task]: ...
+    @property
+    def cameras(self) -> Sequence[str]: ...
+    @property
+    def image_size_px(self) -> int: ...
+    @property
+    def control_hz(self) -> float: ...
+    @property
+    def action_names(self) -> Sequence[str]: ...
+    @property
+    def state_names(self) -> Sequence[str]: ...
 
     def make(self, task: str) -> Env: ...
 

@@ -1,0 +1,128 @@
+"""What is wrong with a dataset: every file is opened, every number read, frames at both ends of each episode decoded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from vla.finetune.lerobot_reader import TOLERANCE_S, LeRobotReader
+from vla.types import VlaError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault. Errors make data unusable; warnings are worth a look."""
+
+    level: Literal["error", "warning"]
+    text: str
+
+
+def check_dataset(root: Path, all_frames: bool = False) -> list[Finding]:
+    """Everything found; empty for a clean dataset. `all_frames` decodes every image instead of two per episode."""
+    try:
+        reader = LeRobotReader(root)
+    except VlaError as error:
+        return [Finding("error", str(error))]
+    if not reader.n_episodes:
+        return [Finding("error", f"{root} has no episodes")]
+    findings, columns = _read_numbers(reader)
+    findings += _check_values(reader, columns)
+    findings += _check_order(reader, columns)
+    findings += _check_instructions(reader, columns)
+    if "next.success" not in reader.features:
+        findings.append(Finding("warning", "no next.success: success of the episodes is not known"))
+    return findings + _check_images(reader, all_frames)
+
+
+def _read_numbers(reader: LeRobotReader) -> tuple[list[Finding], dict[str, np.ndarray]]:
+    """Findings about files, and the columns that could be read whole."""
+    keys = [k for k, feature in reader.features.items() if feature["dtype"] not in ("image", "video", "string")]
+    findings, columns, broken = [], {}, set()
+    for key in keys:
+        parts = []
+        for file in reader.data_files:
+            if file in broken:
+                continue
+            try:
+                parts.append(reader.file_column(file, key))
+            except VlaError as error:
+                broken.add(file)
+                findings.append(Finding("error", str(error)))
+        if not broken:
+            columns[key] = np.concatenate(parts)
+    return findings, columns if not broken else {}
+
+
+def _check_values(reader: LeRobotReader, columns: dict[str, np.ndarray]) -> list[Finding]:
+    findings = []
+    for key, values in columns.items():
+        rows = values.reshape(len(values), -1)
+        if rows.dtype.kind == "f" and not np.isfinite(rows).all():
+            frame, dim = np.argwhere(~np.isfinite(rows))[0]
+            episodes = sorted({reader.episode_of(int(i)) for i in np.argwhere(~np.isfinite(rows))[:, 0]})
+            text = f"{key}: {rows[frame, dim]} at frame {frame}, dimension {dim}; episodes with such values: {episodes}"
+            findings.append(Finding("error", text))
+        names = {"action": reader.action_names, reader.state_key: reader.state_names}.get(key, ())
+        for dim, name in enumerate(names):
+            if (rows[:, dim] == rows[0, dim]).all():
+                text = f"{key}: dimension {dim} ({name}) is {rows[0, dim]:g} in every frame"
+                findings.append(Finding("warning", text))
+    return findings
+
+
+def _check_order(reader: LeRobotReader, columns: dict[str, np.ndarray]) -> list[Finding]:
+    """Counters count and timestamps agree with the frame rate."""
+    findings = []
+    for row in reader.episodes:
+        n = len(row)
+        expected = {
+            "frame_index": np.arange(n), "episode_index": np.full(n, row.index), "index": np.arange(row.start, row.stop),
+        }  # fmt: skip
+        for key, values in expected.items():
+            if key in columns and (columns[key][row.start : row.stop].reshape(-1) != values).any():
+                findings.append(
+                    Finding("error", f"episode {row.index}: {key} does not count {values[0]}..{values[-1]}")
+                )
+        if "timestamp" in columns:
+            seconds = columns["timestamp"][row.start : row.stop].reshape(-1).astype(np.float64)
+            late = np.abs(seconds - np.arange(n) / reader.fps)
+            if late.max() > TOLERANCE_S + np.spacing(np.float32(n / reader.fps)):
+                text = f"timestamp {seconds[late.argmax()]:.6f} s at frame {late.argmax()}, {late.argmax() / reader.fps:.6f} s"
+                findings.append(Finding("error", f"episode {row.index}: {text} by {reader.fps:g} fps"))
+        if n == 1:
+            findings.append(Finding("warning", f"episode {row.index} has a single frame"))
+    return findings
+
+
+def _check_instructions(reader: LeRobotReader, columns: dict[str, np.ndarray]) -> list[Finding]:
+    findings = []
+    used = set(columns["task_index"].reshape(-1).tolist()) if "task_index" in columns else set()
+    for task in sorted(used - set(reader.tasks)):
+        findings.append(Finding("error", f"task_index {task} is used but meta/tasks.parquet does not have it"))
+    for task in sorted(used & set(reader.tasks)):
+        if not (reader.tasks[task] or "").strip():
+            findings.append(Finding("error", f"task_index {task} is used but has no instruction"))
+    return findings
+
+
+def _check_images(reader: LeRobotReader, all_frames: bool) -> list[Finding]:
+    findings, seen = [], set()
+    for row in reader.episodes:
+        for name in reader.cameras:
+            shape = tuple(reader.features[reader.camera_key(name)]["shape"])
+            for i in range(row.start, row.stop) if all_frames else sorted({row.start, row.stop - 1}):
+                try:
+                    image = reader.images(i, [name])[name]
+                except VlaError as error:
+                    text = str(error)
+                else:
+                    if image.shape == shape:
+                        continue
+                    text = f"episode {row.index}: {name} is {image.shape}, info.json says {shape}"
+                if text not in seen:  # one damaged file would be reported by each of its episodes
+                    seen.add(text)
+                    findings.append(Finding("error", text))
+    return findings

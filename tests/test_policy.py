@@ -1,0 +1,235 @@
+"""The policy directory: save -> load -> identical actions; every kind of damage is one clear error."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES
+
+from vla import merge
+from vla.adapters import parameter_counts
+from vla.policy import LocalPolicy, create_policy, load_policy
+from vla.quantize import quantized_options, weight_bytes
+from vla.spec import ActionSpec, ImageSpec, PromptSpec, from_json, to_json
+from vla.types import Observation, Policy, VlaError
+
+STATISTICS = {
+    "toy": {"action": {"q01": [-1.0, -2.0], "q99": [1.0, 2.0], "mask": [True, True]}, "num_transitions": 10},
+    "other": {"action": {"q01": [0.0, 0.0], "q99": [10.0, 10.0], "mask": [True, False]}, "num_transitions": 5},
+}
+PROMPT = PromptSpec("{instruction} State: {state}", True, ("u", "v"), (0.0, 0.0), (1.0, 1.0))
+
+
+def make(folder, family="llava", **options) -> LocalPolicy:
+    FAMILIES[family](folder)
+    torch.manual_seed(0)
+    policy = create_policy(
+        str(folder), name="toy", action=ActionSpec(("a", "b"), 3), image=ImageSpec(("cam",), 32), prompt=PROMPT,
+        statistics=STATISTICS, unnorm_key="toy", **{"bins": 64, "lora_r": 4, **options},
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in policy.backbone.model.parameters():
+            if parameter.requires_grad:  # a fresh LoRA is zero: make the adapter matter
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    return policy
+
+
+def observations(n=2):
+    rng = np.random.default_rng(0)
+    words = ["open the drawer", "close the window right now", "press it"]
+    return [
+        Observation({"cam": rng.integers(0, 255, (48, 40, 3), dtype=np.uint8)}, np.float32([0.1, 0.7]), words[i], (3, i))
+        for i in range(n)
+    ]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("policy")
+    policy = make(folder / "base")
+    policy.save(folder / "policy", stage="finetune", settings={"lr": 1e-3})
+    return policy, folder
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_save_load_gives_identical_actions(tmp_path, family, temperature):
+    policy = make(tmp_path / "base", family)
+    policy.temperature = temperature
+    policy.save(tmp_path / "policy", stage="finetune", settings={})
+    again = load_policy(tmp_path / "policy", temperature=temperature)
+    assert isinstance(again, Policy)
+    for mine, theirs in zip(policy.act(observations()), again.act(observations()), strict=True):
+        assert np.array_equal(mine.actions, theirs.actions)
+        assert np.array_equal(mine.token_ids, theirs.token_ids)
+        np.testing.assert_allclose(mine.logprobs, theirs.logprobs, atol=1e-5)
+        assert mine.ok and mine.actions.shape == (3, 2) and mine.actions.dtype == np.float32
+
+
+def test_actions_are_in_the_units_of_the_unnorm_key(saved):
+    policy, folder = saved
+    a = policy.act(observations(1))[0].actions
+    b = load_policy(folder / "policy", unnorm_key="other").act(observations(1))[0].actions
+    normalized = a / [1.0, 2.0]
+    np.testing.assert_allclose(b[:, 0], 5 * (normalized[:, 0] + 1), atol=1e-5)
+    np.testing.assert_allclose(b[:, 1], normalized[:, 1], atol=1e-5)  # masked out: as it is
+
+
+def test_decoded_tokens_are_the_actions_that_were_encoded(saved):
+    policy, _ = saved
+    actions = np.random.default_rng(0).uniform([-1, -2], [1, 2], (5, 3, 2)).astype(np.float32)
+    ids = policy.action_token_ids(actions, "toy")
+    back = policy.normalizer.unnormalize(policy.codec.decode(ids.numpy())[0])
+    assert np.abs((back - actions) / [1, 2]).max() <= 1 / 63 + 1e-6  # half a bin
+
+
+def test_only_adapter_and_action_rows_train(saved):
+    policy, _ = saved
+    names = [n for n, p in policy.backbone.model.named_parameters() if p.requires_grad]
+    assert all("lora_" in n or "trainable_tokens" in n for n in names)
+    assert not any("vision" in n for n in names)
+    assert 0 < parameter_counts(policy.backbone.model)[0] < parameter_counts(policy.backbone.model)[1] / 2
+
+
+def test_directory_has_the_documented_parts(saved):
+    _, folder = saved
+    names = {p.name for p in (folder / "policy").iterdir()}
+    assert names == {"policy.json", "adapter", "processor", "tokenizer", "action_tokenizer", "dataset_statistics.json", "README.md"}
+    card = (folder / "policy" / "README.md").read_text()
+    assert "pipeline_tag: robotics" in card and '{"lr": 0.001}' in card
+    assert not list((folder / "policy").rglob("*.bin")) and not list((folder / "policy").rglob("*.pt"))
+
+
+def test_spec_survives_json(saved):
+    policy, _ = saved
+    assert from_json(json.loads(json.dumps(to_json(policy.spec)))) == policy.spec
+
+
+def damage_json(change):
+    def damage(folder):
+        value = json.loads((folder / "policy.json").read_text())
+        change(value)
+        (folder / "policy.json").write_text(json.dumps(value))
+
+    return damage
+
+
+def cut(name):
+    def damage(folder):
+        path = next(folder.rglob(name))
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    return damage
+
+
+DAMAGE = {
+    "no policy.json": (lambda f: (f / "policy.json").unlink(), "no policy.json"),
+    "cut policy.json": (cut("policy.json"), "expected JSON"),
+    "unknown field": (damage_json(lambda v: v.update(colour="red")), "unknown colour"),
+    "missing field": (damage_json(lambda v: v["action"].pop("names")), "no 'names'"),
+    "wrong type": (damage_json(lambda v: v["action"].update(horizon="8")), "policy.action.horizon: '8'; expected int"),
+    "wrong choice": (damage_json(lambda v: v["image"].update(resize_filter="fancy")), "one of nearest"),
+    "newer format": (damage_json(lambda v: v.update(format_version=99)), "policy format 99"),
+    "other horizon": (damage_json(lambda v: v["action"].update(horizon=0)), "at least 1 x 1"),
+    "ids that are not there": (damage_json(lambda v: v["tokens"]["placement"].update(first_id=99999)), "embedding matrix"),
+    "no statistics": (lambda f: (f / "dataset_statistics.json").unlink(), "no dataset_statistics.json"),
+    "cut statistics": (cut("dataset_statistics.json"), "expected JSON"),
+    "wrong action size": (damage_json(lambda v: v["action"].update(names=["a", "b", "c"])), "3, the policy's action size"),
+    "no adapter": (lambda f: shutil.rmtree(f / "adapter"), "no adapter/"),
+    "cut weights": (cut("adapter_model.safetensors"), "cannot be loaded"),
+    "other backbone": (damage_json(lambda v: v["backbone"].update(model_type="qwen2_5_vl")), "got a llava model"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(DAMAGE))
+def test_damage_is_one_clear_error(saved, tmp_path, name):
+    _, folder = saved
+    copy = tmp_path / "policy"
+    shutil.copytree(folder / "policy", copy)
+    damage, message = DAMAGE[name]
+    damage(copy)
+    before = sorted((p, p.stat().st_size) for p in copy.rglob("*"))
+    with pytest.raises(VlaError, match=message):
+        load_policy(copy)
+    assert sorted((p, p.stat().st_size) for p in copy.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": {"wrong": np.zeros((8, 8, 3), np.uint8)}}, r"cameras \['wrong'\]; expected all of \['cam'\]"),
+        ({"images": {"cam": np.zeros((8, 8), np.uint8)}}, r"shape \(8, 8\)"),
+        ({"images": {"cam": np.zeros((8, 8, 3), np.float32)}}, "float32; expected uint8"),
+        ({"state": None}, "no state"),
+        ({"state": np.zeros(3, np.float32)}, r"shape \(3,\)"),
+        ({"state": np.float32([np.nan, 0])}, "finite"),
+        ({"instruction": " "}, "empty instruction"),
+    ],
+)
+def test_bad_observations_are_refused(saved, change, message):
+    policy, _ = saved
+    with pytest.raises(VlaError, match=message):
+        policy.act([dataclasses.replace(observations(1)[0], **change)])
+
+
+def test_unknown_unnorm_key_lists_the_known_ones(saved):
+    _, folder = saved
+    with pytest.raises(VlaError, match="'nope'; expected one of: other, toy"):
+        load_policy(folder / "policy", unnorm_key="nope")
+
+
+def test_overwriting_a_policy_leaves_no_other_files(saved, tmp_path):
+    policy, _ = saved
+    for _ in range(2):
+        policy.save(tmp_path / "p", stage="finetune", settings={})
+    assert [p.name for p in tmp_path.iterdir()] == ["p"]
+
+
+def test_merge_equals_adapter_and_opens_in_stock_transformers(saved, tmp_path):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    policy, folder = saved
+    merged = load_policy(merge.run(merge.Settings(folder / "policy", tmp_path / "merged")))
+    for mine, theirs in zip(policy.act(observations()), merged.act(observations()), strict=True):
+        assert np.array_equal(mine.actions, theirs.actions)
+        np.testing.assert_allclose(mine.logprobs, theirs.logprobs, atol=1e-4)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged" / "model")
+    assert model.get_input_embeddings().weight.shape[0] == policy.backbone.n_embeddings
+    assert len(AutoProcessor.from_pretrained(tmp_path / "merged" / "model").tokenizer) == len(policy.backbone.processor.tokenizer)
+    with pytest.raises(VlaError, match="exists"):
+        merge.run(merge.Settings(folder / "policy", tmp_path / "merged"))
+
+
+def test_torch_int8_is_used_and_named_without_bitsandbytes(saved, tmp_path, monkeypatch):
+    policy, folder = saved
+    merge.run(merge.Settings(folder / "policy", tmp_path / "merged"))
+    monkeypatch.setattr("vla.quantize.importlib.util.find_spec", lambda name: None)
+    quantized = load_policy(tmp_path / "merged", quantization="int8")
+    assert quantized.metadata["quantization"] == "torch-dynamic-int8"
+    assert weight_bytes(quantized.backbone.model) < 0.8 * weight_bytes(load_policy(tmp_path / "merged").backbone.model)
+    exact, rough = policy.act(observations(1))[0], quantized.act(observations(1))[0]
+    assert rough.ok and abs(float(exact.logprobs[0] - rough.logprobs[0])) < 0.5
+    with pytest.raises(VlaError, match=r"vla-toolkit\[bnb\]"):
+        load_policy(tmp_path / "merged", quantization="nf4")
+
+
+@pytest.mark.parametrize("method", ["int8", "nf4"])
+def test_bitsandbytes_is_used_and_named(saved, tmp_path, method):
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'vla-toolkit[bnb]'")
+    policy, folder = saved
+    merge.run(merge.Settings(folder / "policy", tmp_path / "merged"))
+    quantized = load_policy(tmp_path / "merged", quantization=method)
+    assert quantized.metadata["quantization"] == f"bitsandbytes-{method}"
+    assert all(chunk.ok for chunk in quantized.act(observations()))
+    assert weight_bytes(quantized.backbone.model) < weight_bytes(policy.backbone.model)
+
+
+def test_quantizing_an_adapter_policy_points_to_merge(saved):
+    _, folder = saved
+    with pytest.raises(VlaError, match="vla merge"):
+        load_policy(folder / "policy", quantization="int8")
+    with pytest.raises(VlaError, match="one of none, int8, nf4"):
+        quantized_options("int3", "cpu")

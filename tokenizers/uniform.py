@@ -1,0 +1,137 @@
+"""Uniform bins: the action tokenizer of RT-2 and OpenVLA, bin for bin.
+
+OpenVLA (arXiv 2406.09246, `ActionTokenizer`) cuts [-1, 1] at 256 edges into 255 bins, clips, and calls
+`np.digitize(action, edges)`, which answers d in 1 .. 256; d decodes to centre number clip(d - 1, 0, 254). So there are
+256 symbols but 255 values: +1 itself is the only action with d = 256, and it decodes like d = 255.
+
+The symbol here is d - 1, ascending with the action. OpenVLA's descending ids are a matter of placement
+(`Placement.tail`).
+
+Two things differ from OpenVLA, on purpose: NaN and infinity raise (OpenVLA encodes NaN as +1), and no symbol outside
+0 .. 255 is ever decoded (OpenVLA answers with an extreme action).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+
+from vla.tokenizers.protocol import ActionEncodeError
+from vla.types import ActionDecodeError, problem
+
+
+@dataclass(frozen=True)
+class UniformTokenizer:
+    """`bins` edges spread evenly over [low, high], hence `bins` symbols and `bins - 1` decoded values."""
+
+    bins: int = 256
+    low: float = -1.0
+    high: float = 1.0
+    edges: np.ndarray = field(init=False, repr=False, compare=False)
+    """float64 (bins,)."""
+    centres: np.ndarray = field(init=False, repr=False, compare=False)
+    """float64 (bins - 1,)."""
+    _edges_float32: np.ndarray = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.bins < 2 or not np.isfinite([self.low, self.high]).all() or not self.low < self.high:
+            got = f"bins={self.bins}, low={self.low}, high={self.high}"
+            raise problem(got, "at least 2 bins and finite low < high", "check the tokenizer's settings")
+        edges = np.linspace(self.low, self.high, self.bins)
+        # `encode` guesses the nearest edge in float32; a guess half a bin off would be wrong.
+        if (self.high - self.low) / (self.bins - 1) < 16 * np.spacing(np.float32(max(abs(self.low), abs(self.high)))):
+            raise problem(
+                f"{self.bins} bins over [{self.low}, {self.high}]",
+                "bins that float32 can tell apart",
+                "use fewer bins or normalise the actions",
+            )
+        # A float32 x reaches a float64 edge exactly if it reaches the first float32 that is not below the edge.
+        edges_float32 = edges.astype(np.float32)
+        edges_float32 = np.where(edges_float32 < edges, np.nextafter(edges_float32, np.float32(np.inf)), edges_float32)
+        centres = (edges[:-1] + edges[1:]) / 2.0
+        for name, table in (("edges", edges), ("centres", centres), ("_edges_float32", edges_float32)):
+            table.setflags(write=False)
+            object.__setattr__(self, name, table)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of symbols."""
+        return self.bins
+
+    def n_tokens_per_action(self, dim: int) -> int:
+        """One token per dimension."""
+        return dim
+
+    def fit(self, actions: np.ndarray) -> Self:
+        """Uniform bins learn nothing; checks that `actions` could be encoded."""
+        self.encode(actions)
+        return self
+
+    def encode(self, actions: np.ndarray) -> np.ndarray:
+        """Normalised actions (..., D), clipped to [low, high] -> int64 symbols (..., D) in 0 .. bins - 1.
+
+        `encode(a) + 1` is `np.digitize(np.clip(a, low, high), edges)` for the dtype of `a`. The dtype is part of the
+        definition: half of the 256 edges, rounded to float32, fall into the bin below. OpenVLA's data are float32.
+
+        Raises `ActionEncodeError` for NaN, infinity, or any dtype but integers and float16/32/64.
+        """
+        values = np.asarray(actions)
+        if values.dtype == np.float32:
+            edges = self._edges_float32
+        elif values.dtype.kind in "iu" or values.dtype in (np.float16, np.float64):
+            values, edges = values.astype(np.float64), self.edges
+        else:
+            raise ActionEncodeError(
+                f"got actions of dtype {values.dtype}; expected float32 or float64; fix: convert them first"
+            )
+        if not np.isfinite(values).all():
+            bad = np.argwhere(~np.isfinite(values))
+            raise ActionEncodeError(
+                f"got {len(bad)} action values that are NaN or infinite, the first at index {tuple(bad[0].tolist())}; "
+                "expected finite numbers; fix: drop those steps, or check the normalisation statistics for a zero range"
+            )
+        # The nearest edge n is safe to guess by arithmetic: a rounding error can only matter half-way between two
+        # edges, and there both guesses lead to the same bin. One comparison with the true edge then decides.
+        clipped = np.maximum(np.minimum(values, edges[-1]), edges[0])
+        nearest = clipped - edges[0]
+        nearest *= values.dtype.type((self.bins - 1) / (self.high - self.low))
+        nearest += values.dtype.type(0.5)
+        nearest = nearest.astype(np.intp)
+        at_or_above = clipped >= edges.take(nearest, mode="clip")
+        nearest += at_or_above
+        nearest -= 1
+        return nearest.astype(np.int64, copy=False)
+
+    def decode(self, symbols: np.ndarray) -> np.ndarray:
+        """Symbols int (..., D) -> float64 bin centres (..., D), at most half a bin (1/255) from what was encoded.
+
+        Raises `ActionDecodeError` for a symbol outside 0 .. bins - 1.
+        """
+        symbols = np.asarray(symbols)
+        if symbols.dtype.kind not in "iu":
+            raise ActionDecodeError(
+                f"got symbols of dtype {symbols.dtype}; expected integers; fix: pass what `encode` answered"
+            )
+        if symbols.size and not (0 <= symbols.min() and symbols.max() < self.bins):
+            raise ActionDecodeError(
+                f"got symbols {symbols.min()} .. {symbols.max()}; expected 0 .. {self.bins - 1}; "
+                "fix: map model ids to symbols with the placement first and leave out rows that are not ok"
+            )
+        return self.centres.take(symbols, mode="clip")  # the last symbol, +1 itself, shares the last centre
+
+    def save(self) -> dict[str, Any]:
+        """JSON form."""
+        return {"type": "uniform", "bins": self.bins, "low": self.low, "high": self.high}
+
+    @classmethod
+    def load(cls, data: dict[str, Any]) -> Self:
+        """From `save`'s JSON form."""
+        if data.get("type") != "uniform" or not {"bins", "low", "high"} <= data.keys():
+            raise problem(
+                f"action tokenizer {data}",
+                '{"type": "uniform", "bins": .., "low": .., "high": ..}',
+                "restore the file that the training run wrote",
+            )
+        return cls(bins=int(data["bins"]), low=float(data["low"]), high=float(data["high"]))

@@ -1,0 +1,181 @@
+"""The command line: `vla <program> [preset] [--flags]`.
+
+Each program is a module with a frozen dataclass of settings and a function that runs them; `tyro` makes the flags from
+the dataclass. A module is imported only when its program is asked for, so `vla --help` is instant.
+
+Exit codes: 0 done; 2 a mistake the user can mend, in one line on stderr (`VLA_DEBUG=1` shows the traceback); 130
+interrupted; 1 with a traceback is a bug of ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vla import __version__
+from vla.types import VlaError, problem
+
+
+@dataclass(frozen=True)
+class Program:
+    """One entry of `PROGRAMS`."""
+
+    module: str
+    summary: str
+    settings: str = "Settings"
+    run: str = "run"
+    needs: str = ""
+    """What the command line supplies beside the settings, because the module's part may not import it: a key of `_CALLS`."""
+
+
+PROGRAMS = {
+    "demo": Program("vla.demo", "the whole pipeline on a simulator: demonstrations, SFT, RL, serving, report"),
+    "data collect": Program(
+        "vla.finetune.data_program",
+        "record a scripted expert's demonstrations",
+        "CollectSettings",
+        "run_collect",
+        "suite",
+    ),
+    "data inspect": Program("vla.finetune.data_program", "what a dataset holds", "InspectSettings", "run_inspect"),
+    "data stats": Program("vla.finetune.data_program", "exact statistics of a dataset", "StatsSettings", "run_stats"),
+    "data check": Program("vla.finetune.data_program", "read every file of a dataset", "CheckSettings", "run_check"),
+    "finetune": Program("vla.finetune.sft", "supervised fine-tuning with LoRA"),
+    "rl": Program("vla.finetune.rl", "RL post-training from sparse success", needs="suite"),
+    "merge": Program("vla.merge", "merge an adapter into its base model"),
+    "serve": Program("vla.serve.server", "answer observations over HTTP"),
+    "eval": Program(
+        "vla.eval.run", "success rates of a policy directory or an endpoint, with a report", needs="policy"
+    ),
+    "pretrain": Program("vla.pretrain", "make the built-in backbone anew"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    again = "run the same command again"
+    try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(usage())
+            return 0
+        if argv[0] == "--version":
+            print(f"vla-toolkit {__version__}")
+            return 0
+        program, settings = parse(argv)
+        if any(field.name == "resume" for field in dataclasses.fields(settings)):
+            again += " with --resume"
+        call(program, settings)
+        return 0
+    except VlaError as error:
+        if os.environ.get("VLA_DEBUG") == "1":
+            raise
+        print(_red(f"error: {error}"), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; to continue, {again}", file=sys.stderr)
+        return 130
+    except SystemExit as exit_:  # tyro, after --help or a flag it does not know
+        return exit_.code if isinstance(exit_.code, int) else 2
+
+
+def usage() -> str:
+    """The text of `vla --help`."""
+    width = max(len(name) for name in PROGRAMS)
+    lines = [f"  vla {name:<{width}}  {program.summary}" for name, program in PROGRAMS.items()]
+    return "\n".join(
+        ["usage: vla <program> [preset] [--flags]", "", *lines, "", "vla <program> --help lists presets and flags."]
+    )
+
+
+def parse(argv: Sequence[str]) -> tuple[Program, Any]:
+    """The program that `argv` names and its settings; runs nothing.
+
+    Raises `VlaError` for an unknown program or preset. tyro exits with 2 for flags it does not know.
+    """
+    name, rest = _split_program(argv)
+    program = PROGRAMS[name]
+    module = importlib.import_module(program.module)
+    settings_type = getattr(module, program.settings)
+    presets: dict[str, Any] = {k: v for k, v in vars(module).get("PRESETS", {}).items() if isinstance(v, settings_type)}
+    defaults = {}
+    if rest and not rest[0].startswith("-"):
+        if rest[0] not in presets:
+            raise _unknown("preset", rest[0], list(presets), f"vla {name}")
+        defaults = {"default": presets[rest[0]]}
+        rest = rest[1:]
+
+    import tyro
+
+    return program, tyro.cli(
+        settings_type,
+        prog=f"vla {name}",
+        description=program.summary + (f". Presets: {', '.join(presets)}." if presets else ""),
+        args=rest,
+        # Only the docstring under a field is its help: tyro would take a comment there for the next field's.
+        config=(tyro.conf.HelptextFromCommentsOff,),
+        **defaults,
+    )
+
+
+def call(program: Program, settings: Any) -> Any:
+    """Run a program with what it needs."""
+    run = getattr(importlib.import_module(program.module), program.run)
+    return _CALLS[program.needs](run, settings)
+
+
+def _run_alone(run: Callable[..., Any], settings: Any) -> Any:
+    return run(settings)
+
+
+def _run_with_suite(run: Callable[..., Any], settings: Any) -> Any:
+    from vla.eval.suites import get_suite
+
+    return run(settings, get_suite(settings.suite, settings.tasks))
+
+
+def _run_with_policy(run: Callable[..., Any], settings: Any) -> Any:
+    if not settings.policy.startswith(("http://", "https://")) or settings.dry_run:
+        return run(settings)
+    from vla.serve.remote_policy import RemotePolicy
+
+    return run(settings, policy=RemotePolicy(settings.policy))
+
+
+_CALLS = {"": _run_alone, "suite": _run_with_suite, "policy": _run_with_policy}
+
+
+def _split_program(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """`["data", "stats", "--x"]` -> `("data stats", ["--x"])`."""
+    for n_words in (2, 1):
+        name = " ".join(argv[:n_words])
+        if name in PROGRAMS:
+            return name, list(argv[n_words:])
+    subprograms = [name for name in PROGRAMS if name.startswith(f"{argv[0]} ")]
+    if subprograms and argv[1:2] and argv[1] in ("-h", "--help"):
+        print("\n".join(f"  vla {name}  {PROGRAMS[name].summary}" for name in subprograms))
+        raise SystemExit(0)
+    given = " ".join(argv[:2]) if subprograms else argv[0]
+    raise _unknown("program", given, subprograms or list(PROGRAMS), "vla")
+
+
+def _unknown(kind: str, given: str, known: list[str], command: str) -> VlaError:
+    if not known:
+        return problem(f"{kind} {given!r}", f"flags only: `{command}` has no {kind}s", f"{command} --help")
+    near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
+    fix = f"did you mean `{command} {near[0]}`?" if near else f"{command} --help"
+    return problem(f"{kind} {given!r}", f"one of {', '.join(known)}", fix)
+
+
+def _red(text: str) -> str:
+    return f"\033[31m{text}\033[0m" if sys.stderr.isatty() and not os.environ.get("NO_COLOR") else text
+
+
+if __name__ == "__main__":
+    sys.exit(main())
