@@ -36,7 +36,9 @@ class HoldingExpert(SuiteExpert):
         return [ActionChunk(np.repeat(chunk.actions, self.horizon, 0)) for chunk in super().act(observations)]
 
 
-def plain_loop(suite: MetaWorldSuite, policy: HoldingExpert, envs: dict[str, MetaWorldEnv], requests: list[EpisodeRequest]) -> list[Outcome]:
+def plain_loop(
+    suite: MetaWorldSuite, policy: HoldingExpert, envs: dict[str, MetaWorldEnv], requests: list[EpisodeRequest]
+) -> list[Outcome]:
     """One environment at a time, a frame at every step: what a Gymnasium loop does."""
     outcomes = []
     for request in requests:
@@ -57,7 +59,9 @@ def plain_loop(suite: MetaWorldSuite, policy: HoldingExpert, envs: dict[str, Met
     return outcomes
 
 
-def engine(suite: MetaWorldSuite, policy: HoldingExpert, pool: WorkerPool, requests: list[EpisodeRequest]) -> list[Outcome]:
+def engine(
+    suite: MetaWorldSuite, policy: HoldingExpert, pool: WorkerPool, requests: list[EpisodeRequest]
+) -> list[Outcome]:
     results = run_episodes(policy, suite, requests, pool=pool, ordered=True)
     return [(r.request.task, r.request.seed, r.success, r.n_steps) for r in results]
 
@@ -76,7 +80,9 @@ def main() -> None:
         sides = {
             "plain loop, every frame": lambda: plain_loop(suite, policy, envs, requests),
             "engine, in-process": lambda: engine(suite, policy, local, requests),
-            f"engine, {arguments.workers} workers x {arguments.slots} slots": lambda: engine(suite, policy, pool, requests),
+            f"engine, {arguments.workers} workers x {arguments.slots} slots": lambda: engine(
+                suite, policy, pool, requests
+            ),
         }
         seconds: dict[str, list[float]] = {name: [] for name in sides}
         outcomes = {name: side() for name, side in sides.items()}  # warm-up: build environments, draw first frames
@@ -93,7 +99,9 @@ def main() -> None:
           f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; outcomes equal")  # fmt: skip
     for name, times in seconds.items():
         median = statistics.median(times)
-        print(f"{name:32s} {median:7.2f} s  {arguments.episodes / median:6.2f} episodes/s  {n_steps / median:7.1f} env steps/s  {base / median:5.2f}x")
+        print(
+            f"{name:32s} {median:7.2f} s  {arguments.episodes / median:6.2f} episodes/s  {n_steps / median:7.1f} env steps/s  {base / median:5.2f}x"
+        )
     sys.stdout.flush()
     os._exit(0)  # GL libraries complain at an orderly exit
 

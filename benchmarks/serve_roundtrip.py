@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import tyro
@@ -93,8 +92,8 @@ def run(settings: Settings) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     ports = {"ours": free_port(), "openvla_style": free_port()}
     servers = [
-        context.Process(target=serve_ours, args=(ports["ours"],)),
-        context.Process(target=serve_peer, args=(ports["openvla_style"],)),
+        context.Process(target=serve_ours, args=(ports["ours"],), daemon=True),
+        context.Process(target=serve_peer, args=(ports["openvla_style"],), daemon=True),
     ]
     for server in servers:
         server.start()
@@ -136,7 +135,7 @@ def make_routes(ports: dict[str, int], settings: Settings) -> dict[str, dict[str
 
 
 def bare(port: int, body: bytes, read: Callable[[Any], np.ndarray]) -> Callable[[], np.ndarray]:
-    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
 
     def query() -> np.ndarray:
         connection.request("POST", "/act", body, {"Content-Type": "application/json"})
@@ -165,7 +164,7 @@ def wait_for(port: int) -> None:
     deadline_s = time.monotonic() + 60
     while time.monotonic() < deadline_s:
         try:
-            connection = http.client.HTTPConnection(urlsplit(f"http://127.0.0.1:{port}").netloc, timeout=2)
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
             connection.request("GET", "/openapi.json")
             connection.getresponse().read()
             connection.close()

@@ -88,7 +88,9 @@ def table(headers: Sequence[object], rows: Sequence[Sequence[object]], *, last_i
     for i, row in enumerate(rows):
         total = ' class="total"' if last_is_total and i == len(rows) - 1 else ""
         lines.append(f"<tr{total}>" + "".join(f"<td>{escaped(cell)}</td>" for cell in row) + "</tr>")
-    return Html(f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>')
+    return Html(
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    )
 
 
 def cards(items: Sequence[tuple[object, object, object]]) -> Html:
@@ -154,7 +156,9 @@ def bar_chart_svg(labels: Sequence[str], series: Mapping[str, Sequence[Interval]
             parts.append(f'<rect x="{left}" y="{y}" {size} fill="{_colour(i)}"><title>{tip}</title></rect>')
             middle = y + (bar - 3) / 2
             parts.append(_line(place(value.low), middle, place(value.high), middle, "whisker"))
-            parts += [_line(place(end), middle - 3, place(end), middle + 3, "whisker") for end in (value.low, value.high)]
+            parts += [
+                _line(place(end), middle - 3, place(end), middle + 3, "whisker") for end in (value.low, value.high)
+            ]
             parts.append(_text(place(1.0) + 8, y + 10, percent(value.estimate), "start", "ink"))
     return Html(legend(list(series)) + _svg(width, bottom + 42, parts, x_label))
 
@@ -191,10 +195,14 @@ def line_chart_svg(
     parts.append(_line(left, bottom, right, bottom, "axis"))
     for i, (name, line) in enumerate(points.items()):
         path = " ".join(f"{place_x(x):.1f},{place_y(y):.1f}" for x, y in line)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{_colour(i)}" stroke-width="2" stroke-linejoin="round"/>')
+        parts.append(
+            f'<polyline points="{path}" fill="none" stroke="{_colour(i)}" stroke-width="2" stroke-linejoin="round"/>'
+        )
         for x, y in line if markers and len(line) <= 60 else ():
             tip = escaped(f"{name}: {x:g}, {y:.4g}")
-            parts.append(f'<circle cx="{place_x(x):.1f}" cy="{place_y(y):.1f}" r="2.5" fill="{_colour(i)}"><title>{tip}</title></circle>')
+            parts.append(
+                f'<circle cx="{place_x(x):.1f}" cy="{place_y(y):.1f}" r="2.5" fill="{_colour(i)}"><title>{tip}</title></circle>'
+            )
     return Html(legend(list(series)) + _svg(right + 12, bottom + 44, parts, f"{y_label} by {x_label}"))
 
 

@@ -84,8 +84,9 @@ class MetaWorldEnv:
         self.render_frames = True
         classes = metaworld.env_dict.ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
         self._env = classes[f"{task.name}-v3-goal-observable"](seed=0)
-        self._env._freeze_rand_vec = False  # a new object position at each reset ...
-        self._env.seeded_rand_vec = True  # ... drawn from this env's seed; Meta-World's default is np.random's global one
+        # A new object position at each reset, drawn from this env's seed (Meta-World's default: np.random's global state).
+        self._env._freeze_rand_vec = False
+        self._env.seeded_rand_vec = True
         self._env.max_path_length = task.max_steps + 1  # our own limit truncates first
         self._env.model.camera(CAMERA).pos[:] = CAMERA_POSITION_M
         self._renderer: Any = None

@@ -66,7 +66,9 @@ def tasks_section(result: EvalResult) -> Html:
     """Bars and a table, one row per task."""
     names = [task.name for task in result.tasks]
     chart = bar_chart_svg(
-        names, {"success": [result.tally(name).interval for name in names]}, x_label="success rate (whiskers: Wilson 95% interval)"
+        names,
+        {"success": [result.tally(name).interval for name in names]},
+        x_label="success rate (whiskers: Wilson 95% interval)",
     )
     headers = ("task", "success", "rate [95%]", "time-outs", "undecodable", "faults", "steps to success")
     rows = []
@@ -82,7 +84,9 @@ def curves_section(result: EvalResult) -> Html:
     """Cumulative success over control steps."""
     curves = {"all tasks": steps_curve(result.rows)}
     if 1 < len(result.tasks) < MAX_TASK_CURVES:
-        curves |= {task.name: steps_curve([row for row in result.rows if row.task == task.name]) for task in result.tasks}
+        curves |= {
+            task.name: steps_curve([row for row in result.rows if row.task == task.name]) for task in result.tasks
+        }
     chart = line_chart_svg(
         curves, x_label="control steps", y_label="episodes that have succeeded", y_range=(0.0, 1.0), y_percent=True,
         markers=False,
@@ -93,7 +97,9 @@ def curves_section(result: EvalResult) -> Html:
 def videos_section(result: EvalResult) -> Html:
     """The filmed episodes, embedded."""
     figures = [
-        video_tag((result.out / row.video).read_bytes(), f"{row.task} · seed {row.seed} · {row.n_steps} steps ·", row.success)
+        video_tag(
+            (result.out / row.video).read_bytes(), f"{row.task} · seed {row.seed} · {row.n_steps} steps ·", row.success
+        )
         for row in result.rows
         if row.video is not None and (result.out / row.video).exists()
     ]
@@ -105,8 +111,12 @@ def videos_section(result: EvalResult) -> Html:
 def _latency(result: EvalResult) -> Html:
     latency = result.latency_ms
     row = [f"{latency[name]:.1f}" for name in ("p50", "p90", "p99")]
-    note = "Each query counts with the duration of the batched call that answered it; simulators ran on the same machine."
-    return section("Policy calls", table(("queries", "p50 ms", "p90 ms", "p99 ms"), [(latency["queries"], *row)]), note=note)
+    note = (
+        "Each query counts with the duration of the batched call that answered it; simulators ran on the same machine."
+    )
+    return section(
+        "Policy calls", table(("queries", "p50 ms", "p90 ms", "p99 ms"), [(latency["queries"], *row)]), note=note
+    )
 
 
 def provenance_section(result: EvalResult) -> Html:
@@ -114,5 +124,9 @@ def provenance_section(result: EvalResult) -> Html:
     versions = table(("library", "version"), sorted(result.versions.items()))
     settings = code(json.dumps(result.settings, indent=2, default=str))
     metadata = code(json.dumps(result.policy_metadata, indent=2, default=str))
-    folded = (details("Versions", versions), details("Settings", settings), details("What the policy says of itself", metadata))
+    folded = (
+        details("Versions", versions),
+        details("Settings", settings),
+        details("What the policy says of itself", metadata),
+    )
     return section("How this was made", code(result.command), *folded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -82,7 +83,9 @@ class EvalResult:
         failed = [row for row in counted if not row.success]
         undecodable = sum(row.undecodable > 0 for row in failed)
         mean_steps = sum(steps) / len(steps) if steps else math.nan
-        return Tally(len(steps), len(counted), len(rows) - len(counted), len(failed) - undecodable, undecodable, mean_steps)
+        return Tally(
+            len(steps), len(counted), len(rows) - len(counted), len(failed) - undecodable, undecodable, mean_steps
+        )
 
     @property
     def macro(self) -> float:
@@ -117,7 +120,9 @@ def compare(a: EvalResult, b: EvalResult) -> Comparison:
     first, second = a.outcomes(), b.outcomes()
     shared = sorted(first.keys() & second.keys())
     if not shared:
-        raise problem("two evaluations without a common (task, seed)", "paired seeds", "evaluate with the same --seed and tasks")
+        raise problem(
+            "two evaluations without a common (task, seed)", "paired seeds", "evaluate with the same --seed and tasks"
+        )
     x, y = [first[key] for key in shared], [second[key] for key in shared]
     return Comparison(paired_difference(x, y), mcnemar(x, y), len(shared))
 
@@ -132,18 +137,33 @@ def read_rows(out: Path) -> dict[tuple[str, int], EpisodeRow]:
     return {(row.task, row.index): row for row in parsed}
 
 
+def read_result(out: Path) -> EvalResult:
+    """The finished evaluation in a folder. VlaError if there is none."""
+    path = out / RESULT_FILE
+    if not path.exists():
+        raise problem(f"no {RESULT_FILE} in {out}", "a finished evaluation", "run `vla eval` with this --out to its end")
+    value = json.loads(path.read_text(encoding="utf-8"))
+    if value.get("schema") != SCHEMA:
+        raise problem(f"schema {value.get('schema')!r} in {path}", SCHEMA, "evaluate again with this version")
+    tasks = tuple(Task(name, entry["instruction"], entry["max_steps"]) for name, entry in value["tasks"].items())
+    found = read_rows(out)
+    n = value["settings"]["episodes_per_task"]
+    rows = tuple(found[task.name, i] for task in tasks for i in range(n) if (task.name, i) in found)
+    settings = value["settings"]
+    return EvalResult(settings["policy"], settings["suite"], tasks, rows, settings, value["versions"], value["command"],
+                      value["policy"], value["wall_s"], out)  # fmt: skip
 
 
 def to_json(result: EvalResult) -> dict[str, Any]:
     """The content of `result.json`; rates are in [0, 1], a number that does not exist is null.
 
-        schema      "vla-eval/1"
-        overall     successes, trials (episodes without a fault), success_rate, low, high (Wilson 95 %, episodes pooled),
-                    macro (mean of the tasks' rates), faults, timeouts, undecodable, mean_steps_to_success
-        tasks       task name -> instruction, max_steps, and the same sums
-        latency_ms  queries, p50, p90, p99: per query, the duration of the (batched) policy call that answered it
-        policy      what the policy says of itself
-        settings, versions, command, wall_s
+    schema      "vla-eval/1"
+    overall     successes, trials (episodes without a fault), success_rate, low, high (Wilson 95 %, episodes pooled),
+                macro (mean of the tasks' rates), faults, timeouts, undecodable, mean_steps_to_success
+    tasks       task name -> instruction, max_steps, and the same sums
+    latency_ms  queries, p50, p90, p99: per query, the duration of the (batched) policy call that answered it
+    policy      what the policy says of itself
+    settings, versions, command, wall_s
     """
     tasks = {
         task.name: {"instruction": task.instruction, "max_steps": task.max_steps} | _tally_json(result.tally(task.name))

@@ -89,7 +89,18 @@ class Settings:
 
 
 # Two runs that differ in one of these may not share a folder.
-IDENTITY = ("policy", "suite", "tasks", "seed", "n_execute", "temperature", "quantization", "unnorm_key", "device", "dtype")
+IDENTITY = (
+    "policy",
+    "suite",
+    "tasks",
+    "seed",
+    "n_execute",
+    "temperature",
+    "quantization",
+    "unnorm_key",
+    "device",
+    "dtype",
+)
 
 
 def run(settings: Settings, *, policy: Policy | None = None, suite: Suite | None = None) -> EvalResult:
@@ -108,7 +119,9 @@ def run(settings: Settings, *, policy: Policy | None = None, suite: Suite | None
     if settings.dry_run:
         n = settings.episodes_per_task
         names = ", ".join(task.name for task in suite.tasks)
-        print(f"would run {n} episodes of each of {len(suite.tasks)} tasks ({names}) with {settings.policy} into {settings.out}")
+        print(
+            f"would run {n} episodes of each of {len(suite.tasks)} tasks ({names}) with {settings.policy} into {settings.out}"
+        )
         return _result(settings, suite, {}, {}, started)
     policy = policy or _load(settings, suite)
     metadata = json.loads(json.dumps(policy.metadata, default=str))
@@ -153,7 +166,9 @@ def _load(settings: Settings, suite: Suite) -> Policy:
     if settings.policy.startswith(("http://", "https://")):
         raise problem(f"the URL {settings.policy} without a client", "run(settings, policy=client)", "pass the client")
     if not Path(settings.policy).is_dir():
-        raise problem(f"policy {settings.policy!r}", "a policy directory, an http(s) URL or `expert`", "correct --policy")
+        raise problem(
+            f"policy {settings.policy!r}", "a policy directory, an http(s) URL or `expert`", "correct --policy"
+        )
     from vla.policy import load_policy
 
     return load_policy(

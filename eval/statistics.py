@@ -32,9 +32,7 @@ def wilson(successes: int, trials: int, confidence: float = 0.95) -> Interval:
     return Interval(p, low, high)
 
 
-def difference(
-    successes_a: int, trials_a: int, successes_b: int, trials_b: int, confidence: float = 0.95
-) -> Interval:
+def difference(successes_a: int, trials_a: int, successes_b: int, trials_b: int, confidence: float = 0.95) -> Interval:
     """Interval of p_b - p_a for independent samples (Newcombe 1998b, method 10: hybrid score)."""
     a, b = wilson(successes_a, trials_a, confidence), wilson(successes_b, trials_b, confidence)
     d = b.estimate - a.estimate

@@ -13,7 +13,9 @@ from vla.files import write_bytes
 from vla.types import problem
 
 
-def write_video(path: Path, frames: Sequence[np.ndarray], fps: float, *, upscale: int = 2, border: bool | None = None) -> None:
+def write_video(
+    path: Path, frames: Sequence[np.ndarray], fps: float, *, upscale: int = 2, border: bool | None = None
+) -> None:
     """Encode uint8 (height, width, 3) frames.
 
     Args:

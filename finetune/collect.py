@@ -32,32 +32,34 @@ class Settings:
     """Collect expert demonstrations of every task of a suite."""
 
     out: Path
-    # Folder of the dataset. If it holds a collection with the same settings, that is continued.
+    """Folder of the dataset. If it holds a collection with the same settings, that is continued."""
     suite: str = "metaworld"
-    # Simulator suite to collect in.
+    """Simulator suite to collect in."""
     tasks: tuple[str, ...] = ()
-    # Tasks of the suite; none given: all of them.
+    """Tasks of the suite; none given: all of them."""
     episodes_per_task: int = 25
-    # Successful demonstrations of each task. A larger number later adds episodes to those on disk.
+    """Successful demonstrations of each task. A larger number later adds episodes to those on disk."""
     first_seed: int = 0
-    # Seed of the first attempt; the next attempts count up. Evaluate on other seeds.
+    """Seed of the first attempt; the next attempts count up. Evaluate on other seeds."""
     max_attempts_per_episode: int = 5
-    # Give up on a task after this many attempts per wanted demonstration.
+    """Give up on a task after this many attempts per wanted demonstration."""
     noise_std: float = 0.0
-    # Standard deviation of Gaussian noise on executed actions; the expert's clean action is what is recorded.
+    """Standard deviation of Gaussian noise on executed actions; the expert's clean action is what is recorded."""
     image_mode: Literal["image", "video"] = "image"
-    # "image": PNG, exact. "video": AV1, ten times smaller, lossy.
+    """`image`: PNG, exact. `video`: AV1, ten times smaller, lossy."""
     processes: int = 1
-    # Simulators at work at once, each in a process of its own if more than one.
+    """Simulators at work at once, each in a process of its own if more than one."""
     episode_timeout_s: float = 300.0
-    # Stop with an error if one episode takes longer (only with more than one process).
+    """Stop with an error if one episode takes longer (only with more than one process)."""
     dry_run: bool = False
-    # Print what would be collected and stop.
+    """Print what would be collected and stop."""
 
     def __post_init__(self) -> None:
-        for name in ("episodes_per_task", "max_attempts_per_episode", "processes"):
-            if getattr(self, name) < 1:
-                raise problem(f"{name} {getattr(self, name)}", "at least 1", "raise it")
+        counts = {"episodes_per_task": self.episodes_per_task, "processes": self.processes,
+                  "max_attempts_per_episode": self.max_attempts_per_episode}  # fmt: skip
+        for name, count in counts.items():
+            if count < 1:
+                raise problem(f"{name} {count}", "at least 1", "raise it")
         if self.noise_std < 0 or self.first_seed < 0:
             raise problem(f"noise_std {self.noise_std}, first_seed {self.first_seed}", "at least 0", "raise them")
 

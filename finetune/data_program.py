@@ -26,11 +26,11 @@ class InspectSettings:
     """Print what a dataset holds and write a page with sample frames and action histograms."""
 
     data: Path
-    # Folder of a LeRobot dataset (v3.0).
+    """Folder of a LeRobot dataset (v3.0)."""
     out: Path | None = None
-    # HTML page to write; not given: none.
+    """HTML page to write; not given: none."""
     samples: int = 4
-    # Episodes to show frames of on the page.
+    """Episodes to show frames of on the page."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class StatsSettings:
     """Compute exact statistics of actions and state, in OpenVLA's dataset_statistics.json format."""
 
     data: tuple[Path, ...]
-    # Folders of LeRobot datasets; each goes by its folder's name.
+    """Folders of LeRobot datasets; each goes by its folder's name."""
     out: Path | None = None
-    # File to write; not given: dataset_statistics.json in the dataset's folder, if there is one dataset.
+    """File to write; not given: dataset_statistics.json in the dataset's folder, if there is one dataset."""
     gripper: str | None = None
-    # Name of the action dimension that is left un-normalised; not given: the one called "gripper", if there is one.
+    """Name of the action dimension that is left un-normalised; not given: the one called "gripper", if there is one."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class CheckSettings:
     """Read a whole dataset and report what is wrong with it."""
 
     data: Path
-    # Folder of a LeRobot dataset (v3.0).
+    """Folder of a LeRobot dataset (v3.0)."""
     all_frames: bool = False
-    # Decode every image, not only the first and the last of each episode.
+    """Decode every image, not only the first and the last of each episode."""
 
 
 def run_collect(settings: CollectSettings, suite: Suite) -> collect.Collected:

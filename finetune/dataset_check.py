@@ -34,7 +34,8 @@ def check_dataset(root: Path, all_frames: bool = False) -> list[Finding]:
     findings += _check_instructions(reader, columns)
     if "next.success" not in reader.features:
         findings.append(Finding("warning", "no next.success: success of the episodes is not known"))
-    return findings + _check_images(reader, all_frames)
+    findings += _check_images(reader, all_frames)
+    return list(dict.fromkeys(findings))  # one damaged file is met again for each of its episodes
 
 
 def _read_numbers(reader: LeRobotReader) -> tuple[list[Finding], dict[str, np.ndarray]]:
@@ -109,7 +110,7 @@ def _check_instructions(reader: LeRobotReader, columns: dict[str, np.ndarray]) -
 
 
 def _check_images(reader: LeRobotReader, all_frames: bool) -> list[Finding]:
-    findings, seen = [], set()
+    findings = []
     for row in reader.episodes:
         for name in reader.cameras:
             shape = tuple(reader.features[reader.camera_key(name)]["shape"])
@@ -117,12 +118,9 @@ def _check_images(reader: LeRobotReader, all_frames: bool) -> list[Finding]:
                 try:
                     image = reader.images(i, [name])[name]
                 except VlaError as error:
-                    text = str(error)
-                else:
-                    if image.shape == shape:
-                        continue
+                    findings.append(Finding("error", str(error)))
+                    continue
+                if image.shape != shape:
                     text = f"episode {row.index}: {name} is {image.shape}, info.json says {shape}"
-                if text not in seen:  # one damaged file would be reported by each of its episodes
-                    seen.add(text)
                     findings.append(Finding("error", text))
     return findings

@@ -283,7 +283,7 @@ class Trainer:
                         drift = gap
                         self._check_drift(drift)
                     loss.backward()
-                    parts.append({**figures, "loss": float(loss)})
+                    parts.append({**figures, "loss": float(loss.detach())})
                     entropies.append(entropy)
                 parameters = [p for _, p in trainable(self.policy.backbone.model)]
                 norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)))

@@ -287,7 +287,7 @@ class Loop:
             correct = ((predicted == ids) & valid).sum()
             error = np.abs(policy.codec.decode(predicted.cpu().numpy())[0] - policy.codec.decode(ids.cpu().numpy())[0])
             l1 = float(error.reshape(len(samples), -1)[valid.cpu().numpy()].sum())
-        return loss, np.array([float(loss), float(correct), l1])
+        return loss, np.array([float(loss.detach()), float(correct), l1])
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from vla.types import Episode, Observation, Step
@@ -10,7 +12,13 @@ CAMERAS = {"front": (16, 20), "wrist": (12, 12)}
 STATE_NAMES = ("x", "y", "z")
 ACTION_NAMES = ("dx", "dy", "gripper")
 INSTRUCTIONS = ("open the drawer", "close the door")
-WRITER = {"fps": 10, "cameras": CAMERAS, "state_names": STATE_NAMES, "action_names": ACTION_NAMES, "robot_type": "toy"}
+WRITER: dict[str, Any] = {
+    "fps": 10,
+    "cameras": CAMERAS,
+    "state_names": STATE_NAMES,
+    "action_names": ACTION_NAMES,
+    "robot_type": "toy",
+}
 
 
 def make_episode(k: int, n: int = 5) -> Episode:

@@ -43,7 +43,9 @@ def test_chunks_and_padding_at_both_ends():
     np.testing.assert_array_equal(middle.actions, actions[[22, 23, 24, 24]])
     assert middle.is_pad.tolist() == [False, False, False, True]
     assert (first.actions.dtype, first.actions.shape, first.dataset) == (np.float32, (4, 7), "golden")
-    np.testing.assert_array_equal(first.state, reader.states()[12])
+    states = reader.states()
+    assert states is not None and first.state is not None
+    np.testing.assert_array_equal(first.state, states[12])
     assert first.instruction == reader.instruction_of(12) and set(first.images) == {"image", "image2"}
     with pytest.raises(IndexError):
         dataset[39]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import re
@@ -18,7 +17,16 @@ import pytest
 from vla.eval.html import Html, bar_chart_svg, escaped, line_chart_svg, table, ticks
 from vla.eval.results import compare, read_rows
 from vla.eval.run import Settings, folder_digest, run
-from vla.eval.statistics import Interval, difference, mcnemar, mean_interval, paired_difference, percentile, t_quantile, wilson
+from vla.eval.statistics import (
+    Interval,
+    difference,
+    mcnemar,
+    mean_interval,
+    paired_difference,
+    percentile,
+    t_quantile,
+    wilson,
+)
 from vla.eval.suites import get_suite
 from vla.eval.video import write_video
 from vla.testing import FakeSuite, NoisyPolicy
@@ -29,7 +37,12 @@ from vla.types import VlaError
 
 def test_wilson_published_values() -> None:
     # Newcombe 1998a, table I: 81/263, 15/148, 0/20, 1/29 by method 3
-    for successes, trials, low, high in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)]:
+    for successes, trials, low, high in [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ]:
         interval = wilson(successes, trials)
         assert interval.estimate == successes / trials
         assert (round(interval.low, 4), round(interval.high, 4)) == (low, high)
@@ -69,7 +82,8 @@ def test_paired_difference() -> None:
 
 
 @pytest.mark.parametrize(
-    ("degrees", "quantile"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (5, 2.5706), (10, 2.2281), (29, 2.0452)]
+    ("degrees", "quantile"),
+    [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (5, 2.5706), (10, 2.2281), (29, 2.0452)],
 )
 def test_t_quantile_against_tables(degrees: int, quantile: float) -> None:
     assert t_quantile(0.975, degrees) == pytest.approx(quantile, abs=5e-5)
@@ -96,7 +110,9 @@ def test_percentile_is_numpys() -> None:
 def test_text_is_escaped_and_charts_are_well_formed() -> None:
     assert escaped("<b>") == "&lt;b&gt;" and escaped(Html("<b>")) == "<b>"
     assert "&lt;x&gt;" in table(["a"], [["<x>"]])
-    bars = bar_chart_svg(["<task>", "b"], {"one": [wilson(1, 4), Interval(math.nan, 0, 1)], "two": [wilson(3, 4)] * 2}, x_label="rate")
+    bars = bar_chart_svg(
+        ["<task>", "b"], {"one": [wilson(1, 4), Interval(math.nan, 0, 1)], "two": [wilson(3, 4)] * 2}, x_label="rate"
+    )
     lines = line_chart_svg({"loss": [(0, 1.0), (1, math.nan), (2, 0.5)]}, x_label="step", y_label="loss")
     for chart in (bars, lines):
         ElementTree.fromstring(chart[chart.index("<svg") :])
@@ -117,7 +133,7 @@ def test_video_is_what_browsers_play(tmp_path: Path) -> None:
 
     frames = [np.full((32, 33, 3), 10 * i, np.uint8) for i in range(10)]
     write_video(tmp_path / "a.mp4", frames, 10.0, border=True)
-    with av.open(io.BytesIO((tmp_path / "a.mp4").read_bytes())) as container:
+    with av.open(str(tmp_path / "a.mp4"), "r") as container:
         stream = container.streams.video[0]
         assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
         pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
@@ -202,7 +218,9 @@ def test_interrupted_run_continues_and_equals_a_straight_one(tmp_path: Path) -> 
 def test_another_evaluation_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     run(settings(tmp_path), policy=NoisyPolicy())
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    with pytest.raises(VlaError, match=r"got seed=5 for .*, which holds an evaluation with seed=1000000; .*choose another --out"):
+    with pytest.raises(
+        VlaError, match=r"got seed=5 for .*, which holds an evaluation with seed=1000000; .*choose another --out"
+    ):
         run(settings(tmp_path, seed=5), policy=NoisyPolicy())
     assert before == {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
 
@@ -225,12 +243,16 @@ def test_undecodable_is_counted(tmp_path: Path) -> None:
 
 
 def test_expert_solves_and_pairs(tmp_path: Path) -> None:
-    expert = run(Settings("expert", suite="fake", episodes_per_task=6, workers=0, videos_per_task=0, out=tmp_path / "e"))
+    expert = run(
+        Settings("expert", suite="fake", episodes_per_task=6, workers=0, videos_per_task=0, out=tmp_path / "e")
+    )
     assert expert.tally().successes == 12
     noisy = run(settings(tmp_path / "n"), policy=NoisyPolicy(noise=0.1))
     comparison = compare(noisy, expert)
     assert comparison.pairs == 12 and comparison.gain.estimate == pytest.approx(1 - noisy.tally().interval.estimate)
-    other = run(Settings("expert", suite="fake", episodes_per_task=2, seed=7, workers=0, videos_per_task=0, out=tmp_path / "o"))
+    other = run(
+        Settings("expert", suite="fake", episodes_per_task=2, seed=7, workers=0, videos_per_task=0, out=tmp_path / "o")
+    )
     with pytest.raises(VlaError, match="without a common"):
         compare(noisy, other)
 

@@ -51,7 +51,7 @@ def test_golden_numbers(root):
     assert reader.tasks == {0: "put the bowl on the plate", 1: "open the drawer"}
     assert [(e.index, e.start, e.stop) for e in reader.episodes] == [(0, 0, 12), (1, 12, 25), (2, 25, 39)]
     for got, key in ((reader.actions(), "action"), (reader.states(), "observation.state")):
-        assert got.dtype == np.float32
+        assert got is not None and got.dtype == np.float32
         np.testing.assert_array_equal(got, np.array(table.column(key).to_pylist(), np.float32))
     for key in ("timestamp", "frame_index", "episode_index", "index", "task_index", "next.success"):
         np.testing.assert_array_equal(reader.column(key), table.column(key).to_numpy())

@@ -310,7 +310,7 @@ def test_bad_episodes_change_nothing(tmp_path):
 def test_unknown_seed_and_task_and_no_state(tmp_path):
     episode = dataclasses.replace(make_episode(0), seed=None, task=None, success=False)
     episode = dataclasses.replace(episode, steps=[dataclasses.replace(s, success=False) for s in episode.steps])
-    with LeRobotWriter(tmp_path / "a", **(WRITER | {"state_names": ()})) as writer:
+    with LeRobotWriter(tmp_path / "a", **dict(WRITER, state_names=())) as writer:
         writer.add_episode(episode)
     reader = LeRobotReader(tmp_path / "a")
     assert (reader.seed_of(0), reader.task_of(0), reader.success_of(0)) == (None, None, False)

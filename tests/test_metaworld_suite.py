@@ -17,7 +17,9 @@ SUITE = MetaWorldSuite(("drawer-close", "faucet-open"))
 pytestmark = pytest.mark.filterwarnings("ignore:Constant.s. may be too high")
 
 
-def trajectory(env: MetaWorldEnv, seed: int, n_steps: int, chunk: int, lazy: bool) -> tuple[np.ndarray, list[np.ndarray]]:
+def trajectory(
+    env: MetaWorldEnv, seed: int, n_steps: int, chunk: int, lazy: bool
+) -> tuple[np.ndarray, list[np.ndarray]]:
     """Simulator states of all steps, and the frames at the ends of chunks."""
     expert = SUITE.expert(env.task.name)
     env.render_frames = True

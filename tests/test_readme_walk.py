@@ -59,7 +59,7 @@ def wait_until_healthy(url: str, server: subprocess.Popen[bytes], log: Path, tim
 
 
 def test_the_stages_run_one_after_another(tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     vla = [sys.executable, "-m", "vla.cli"]
     server: subprocess.Popen[bytes] | None = None
     log = tmp_path / "server.log"

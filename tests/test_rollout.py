@@ -35,7 +35,9 @@ def summary(results: list[EpisodeResult]) -> list[tuple]:
     for result in sorted(results, key=lambda r: r.request.tags["i"]):
         trace = [(q.observation.key, q.chunk.actions.tobytes(), q.n_executed) for q in result.queries]
         pixels = [q.observation.images[CAMERA].tobytes() for q in result.queries]
-        rows.append((result.request.tags["i"], result.success, result.n_steps, result.fault, result.undecodable, trace, pixels))
+        rows.append(
+            (result.request.tags["i"], result.success, result.n_steps, result.fault, result.undecodable, trace, pixels)
+        )
     return rows
 
 
@@ -107,7 +109,9 @@ def test_greedy_requests_have_no_key() -> None:
 
 def test_undecodable_ends_as_failure_and_is_not_executed() -> None:
     policy = NoisyPolicy(undecodable_keys=((7, 1),))
-    results = {r.request.tags["i"]: r for r in run_episodes(policy, FakeSuite(), requests(4), n_workers=0, keep_queries=True)}
+    results = {
+        r.request.tags["i"]: r for r in run_episodes(policy, FakeSuite(), requests(4), n_workers=0, keep_queries=True)
+    }
     broken = results[1]
     assert (broken.success, broken.fault, broken.undecodable) == (False, None, 1)
     assert broken.n_steps == 5 and [q.n_executed for q in broken.queries] == [5, 0]
@@ -122,7 +126,11 @@ def test_frames(n_workers: int) -> None:
         assert len(result.frames) == len(result.queries)
         for frame, query in zip(result.frames, result.queries, strict=True):
             np.testing.assert_array_equal(frame, query.observation.images[CAMERA])
-    film = list(run_episodes(NoisyPolicy(), FakeSuite(), requests(2), keep_frames=lambda r: r.tags["i"] == 1, render_every=2, **run))
+    film = list(
+        run_episodes(
+            NoisyPolicy(), FakeSuite(), requests(2), keep_frames=lambda r: r.tags["i"] == 1, render_every=2, **run
+        )
+    )
     by_number = {r.request.tags["i"]: r for r in film}
     assert by_number[0].frames == []
     assert len(by_number[1].frames) == 1 + by_number[1].n_steps // 2
@@ -159,7 +167,9 @@ def test_a_fault_that_happens_once_costs_nothing(reference: list[tuple], tmp_pat
     suite = FakeSuite(faults=(("reach-far", 3, kind), ("reach-near", 4, kind)), faults_once_in=str(tmp_path))
     stats = RolloutStats()
     results = list(
-        run_episodes(NoisyPolicy(), suite, requests(), n_workers=n_workers, slots_per_worker=3, keep_queries=True, stats=stats)
+        run_episodes(
+            NoisyPolicy(), suite, requests(), n_workers=n_workers, slots_per_worker=3, keep_queries=True, stats=stats
+        )
     )
     assert summary(results) == reference
     assert stats.n_faults == 2
@@ -213,7 +223,9 @@ def test_pool_outlives_a_run_that_is_closed_early(reference: list[tuple]) -> Non
 
 def test_fixed_batch_pads_and_splits(reference: list[tuple]) -> None:
     policy = NoisyPolicy()
-    results = run_episodes(policy, FakeSuite(), requests(), n_workers=0, slots_per_worker=4, fixed_batch=3, keep_queries=True)
+    results = run_episodes(
+        policy, FakeSuite(), requests(), n_workers=0, slots_per_worker=4, fixed_batch=3, keep_queries=True
+    )
     assert summary(list(results)) == reference
     assert set(policy.batch_sizes) == {3}
 

@@ -77,7 +77,7 @@ def test_nan_is_named(tmp_path):
 
 
 def test_statistics_of_a_dataset_without_state(tmp_path):
-    with LeRobotWriter(tmp_path / "a", **(WRITER | {"state_names": ()})) as writer:
+    with LeRobotWriter(tmp_path / "a", **dict(WRITER, state_names=())) as writer:
         writer.add_episode(dataclasses.replace(make_episode(0)))
     assert "proprio" not in dataset_statistics(LeRobotReader(tmp_path / "a"))
 

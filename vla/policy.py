@@ -21,7 +21,7 @@ from vla.files import write_json, write_text
 from vla.inputs import prepare_images, prepare_prompt
 from vla.model_card import model_card
 from vla.normalize import Statistics, action_normalizer, choose_key
-from vla.quantize import quantize_loaded, quantized_options
+from vla.quantize import quantize_loaded, quantized_options, weight_bytes
 from vla.spec import FILE, ActionSpec, BackboneSpec, ImageSpec, PolicySpec, PromptSpec, TokenSpec, read_spec, to_json
 from vla.tokenizers.chunk_codec import ActionCodec
 from vla.tokenizers.placement import Placement
@@ -67,7 +67,7 @@ class LocalPolicy:
             "image_size_px": self.spec.image.size_px, "state_names": list(self.spec.prompt.state_names),
             "unnorm_key": self.unnorm_key, "unnorm_keys": sorted(self.statistics), "temperature": self.temperature,
             "quantization": self.quantization, "backbone": dataclasses.asdict(self.spec.backbone),
-            "n_parameters": total, "control_hz": self.spec.action.control_hz, "delta": self.spec.action.delta,
+            "n_parameters": total, "weight_bytes": weight_bytes(self.backbone.model), "control_hz": self.spec.action.control_hz, "delta": self.spec.action.delta,
             "gripper_convention": self.spec.action.gripper_convention,
         }  # fmt: skip
 

@@ -64,10 +64,10 @@ class Settings:
     # Pictures per step.
     turns: int = 9
     # Questions per picture and step.
-    lr: float = 1e-3
-    # Of the decoder and the projector; constant after warm-up, then linear to 0 over the last 30 % of the steps.
-    vision_lr: float = 5e-4
-    # Of the CNN.
+    lr: float = 5e-4
+    # Of the decoder and the projector; constant after warm-up, then linear to 0 over the second half of the steps.
+    vision_lr: float = 2e-4
+    # Of the CNN; half of it for the regression head, which has 6400 inputs and is the first to become noisy.
     warmup_steps: int = 100
     # Linear warm-up.
     vision_steps: int = 0
@@ -238,9 +238,11 @@ class Trainer:
         self.head.weight.data.mul_(0.1)
         vision = list(cnn.parameters())
         known = {id(p) for p in vision}
-        rest = [p for p in self.model.parameters() if id(p) not in known] + list(self.head.parameters())
-        self.parameters = vision + rest
-        groups = [{"params": vision, "peak": settings.vision_lr}, {"params": rest, "peak": settings.lr}]
+        rest = [p for p in self.model.parameters() if id(p) not in known]
+        head = list(self.head.parameters())
+        self.parameters = vision + rest + head
+        rates = (settings.vision_lr, settings.lr, 0.5 * settings.vision_lr)
+        groups = [{"params": ps, "peak": lr} for ps, lr in zip((vision, rest, head), rates, strict=True)]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
 
     def train_step(self, data: PictureData) -> dict[str, Any]:
@@ -325,13 +327,11 @@ class Trainer:
             for key, parameter in module.named_parameters():
                 parameter.copy_(tensors[f"{name}.{key}"])
         for i, p in enumerate(self.parameters):
-            kept = {
-                k: tensors[f"optimizer.{i}.{k}"]
-                for k in ("step", "exp_avg", "exp_avg_sq")
-                if f"optimizer.{i}.{k}" in tensors
-            }
-            if kept:
-                self.optimizer.state[p] = kept
+            names = [name for name in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{i}.{name}" in tensors]
+            for name in names:
+                value = tensors[f"optimizer.{i}.{name}"]
+                # The fused optimizer walks memory: moments must lie as the weight does (channels last in the CNN).
+                self.optimizer.state[p][name] = value if name == "step" else torch.empty_like(p).copy_(value)
 
     def export(self, folder: Path) -> None:
         """The running mean in float16 with its processor; each file is replaced atomically, the weights last."""
@@ -339,8 +339,8 @@ class Trainer:
 
 
 def lr_share(step: int, settings: Settings) -> float:
-    """Share of the peak: linear warm-up, constant, linear to 0 over the last 30 %."""
-    decay = (settings.steps - step) / (0.3 * settings.steps)
+    """Share of the peak: linear warm-up, constant, linear to 0 over the second half."""
+    decay = (settings.steps - step) / (0.5 * settings.steps)
     return min(1.0, (step + 1) / settings.warmup_steps, decay)
 
 

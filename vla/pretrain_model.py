@@ -83,7 +83,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def _corpus() -> list[str]:
     rng = np.random.default_rng(0)
     texts = [*EXTRA_PROMPTS, *(" " + text for text in EXTRA_PROMPTS)]
-    for fact in random_facts(3000, seed=0):
+    for fact in random_facts(300, seed=0):
         for turn in make_turns(fact, rng, len(KINDS)):
             texts += [" " + turn.question, " " + turn.answer, turn.question]
     return texts

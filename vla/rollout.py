@@ -117,7 +117,12 @@ def run_episodes(
         own = pool or WorkerPool(suite, n_workers, slots_per_worker, deadlines=deadlines)
         try:
             engine = _Engine(policy, own, iter(requests), stats or RolloutStats())
-            engine.n_execute, engine.keep_queries, engine.film, engine.render_every = n_execute, keep_queries, film, render_every
+            engine.n_execute, engine.keep_queries, engine.film, engine.render_every = (
+                n_execute,
+                keep_queries,
+                film,
+                render_every,
+            )
             engine.max_fault_fraction, engine.fixed_batch = max_fault_fraction, fixed_batch
             engine.min_batch = min_batch or (len(engine.free) + 1) // 2
             engine.window_s = window_s
@@ -151,7 +156,9 @@ class _Engine:
     min_batch: int
     window_s: float | None
 
-    def __init__(self, policy: Policy, pool: WorkerPool, requests: Iterator[EpisodeRequest], stats: RolloutStats) -> None:
+    def __init__(
+        self, policy: Policy, pool: WorkerPool, requests: Iterator[EpisodeRequest], stats: RolloutStats
+    ) -> None:
         self.policy, self.pool, self.requests, self.stats = policy, pool, requests, stats
         self.tasks = {task.name for task in pool.suite.tasks}
         # Worker first, so that few episodes are spread over all workers.
@@ -196,7 +203,9 @@ class _Engine:
             self.exhausted = True
             return None
         if request.task not in self.tasks:
-            raise problem(f"task {request.task!r}", f"one of {', '.join(sorted(self.tasks))}", "choose a task of this suite")
+            raise problem(
+                f"task {request.task!r}", f"one of {', '.join(sorted(self.tasks))}", "choose a task of this suite"
+            )
         self.n_drawn += 1
         return _Episode(self.n_drawn - 1, request)
 
@@ -311,11 +320,17 @@ class _Engine:
         n_names = len(self.pool.suite.action_names)
         if chunk.actions.ndim != 2 or chunk.actions.shape[1] != n_names or len(chunk.actions) < (self.n_execute or 1):
             expected = f"(H, {n_names}) with H >= {self.n_execute or 1}: {', '.join(self.pool.suite.action_names)}"
-            raise problem(f"actions of shape {chunk.actions.shape}", expected, "use a policy for this suite, or lower n_execute")
+            raise problem(
+                f"actions of shape {chunk.actions.shape}", expected, "use a policy for this suite, or lower n_execute"
+            )
         if not np.isfinite(chunk.actions).all():
-            raise problem("actions that are not finite, with ok=True", "finite actions, or ok=False", "correct the policy")
+            raise problem(
+                "actions that are not finite, with ok=True", "finite actions, or ok=False", "correct the policy"
+            )
 
-    def _finish(self, slot: tuple[int, int], success: bool = False, fault: str | None = None, undecodable: int = 0) -> None:
+    def _finish(
+        self, slot: tuple[int, int], success: bool = False, fault: str | None = None, undecodable: int = 0
+    ) -> None:
         episode = self.running[slot]
         self._free(slot)
         self.stats.n_episodes += fault is None

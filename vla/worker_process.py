@@ -62,7 +62,9 @@ def serve(pipe: Any, suite: Suite, max_idle_envs: int) -> None:
     os._exit(0)  # GL libraries complain at an orderly exit
 
 
-def _answer(host: EnvHost, suite: Suite, blocks: dict[int, SharedMemory], what: str, slot: int, name: str, *args: Any) -> Any:
+def _answer(
+    host: EnvHost, suite: Suite, blocks: dict[int, SharedMemory], what: str, slot: int, name: str, *args: Any
+) -> Any:
     try:
         reply = host.reset(slot, *args) if what == "reset" else host.run_chunk(slot, *args)
     except EnvFault as fault:

@@ -205,7 +205,9 @@ class EnvWorker:
             return None
         if not self._ready:
             return self._fault(f"hang: not ready {self._deadlines.start_timeout_s:g} s after its start", NOBODY)
-        return self._fault(f"hang: {self._calls[0].what} took over {self._calls[0].timeout_s:g} s", self._current_slot())
+        return self._fault(
+            f"hang: {self._calls[0].what} took over {self._calls[0].timeout_s:g} s", self._current_slot()
+        )
 
     def _current_slot(self) -> int | None:
         if not self._ready or (self._calls and self._calls[0].ignored):
@@ -215,7 +217,9 @@ class EnvWorker:
     def _exit_text(self) -> str:
         self._process.join(5.0)
         code = self._process.exitcode
-        return f"crash: worker killed by signal {-code}" if (code or 0) < 0 else f"crash: worker exited with code {code}"
+        return (
+            f"crash: worker killed by signal {-code}" if (code or 0) < 0 else f"crash: worker exited with code {code}"
+        )
 
     def _fault(self, text: str, guilty_slot: int | None) -> WorkerFault:
         was_ready = self._ready
