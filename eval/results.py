@@ -141,7 +141,9 @@ def read_result(out: Path) -> EvalResult:
     """The finished evaluation in a folder. VlaError if there is none."""
     path = out / RESULT_FILE
     if not path.exists():
-        raise problem(f"no {RESULT_FILE} in {out}", "a finished evaluation", "run `vla eval` with this --out to its end")
+        raise problem(
+            f"no {RESULT_FILE} in {out}", "a finished evaluation", "run `vla eval` with this --out to its end"
+        )
     value = json.loads(path.read_text(encoding="utf-8"))
     if value.get("schema") != SCHEMA:
         raise problem(f"schema {value.get('schema')!r} in {path}", SCHEMA, "evaluate again with this version")

@@ -116,7 +116,9 @@ class Settings:
         if self.temperature <= 0:
             raise problem(f"temperature {self.temperature}", "above 0", "greedy rollouts are all the same")
         if not 1 <= self.groups <= self.max_groups:
-            raise problem(f"groups {self.groups}, max_groups {self.max_groups}", "1 <= groups <= max_groups", "raise the cap")
+            raise problem(
+                f"groups {self.groups}, max_groups {self.max_groups}", "1 <= groups <= max_groups", "raise the cap"
+            )
         if self.resume and self.overwrite:
             raise problem("--resume and --overwrite", "one of them", "drop one")
 
@@ -152,7 +154,9 @@ def run(settings: Settings, suite: Suite) -> Path:
     device = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
     policy = load_policy(settings.policy, device=device, temperature=settings.temperature, trainable=True)
     if policy.spec.backbone.weights != "adapter":
-        raise problem(f"{settings.policy} with merged weights", "a policy with its adapter", "start from the unmerged policy")
+        raise problem(
+            f"{settings.policy} with merged weights", "a policy with its adapter", "start from the unmerged policy"
+        )
     if settings.dry_run:
         _describe(settings, policy, suite)
         return settings.out
@@ -350,7 +354,10 @@ def training_queries(groups: Sequence[Sequence[EpisodeResult]]) -> list[Training
                 queries += [
                     TrainingQuery(q.observation, q.chunk.token_ids, q.chunk.logprobs, q.n_executed, advantage, episode)
                     for q in result.queries
-                    if q.chunk.ok and q.n_executed > 0 and q.chunk.token_ids is not None and q.chunk.logprobs is not None
+                    if q.chunk.ok
+                    and q.n_executed > 0
+                    and q.chunk.token_ids is not None
+                    and q.chunk.logprobs is not None
                 ]
                 episode += 1
     return queries

@@ -18,6 +18,7 @@ import math
 import shutil
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -180,7 +181,9 @@ def open_run(out: Path, settings: Any) -> None:
     """
     path = out / "settings.json"
     volatile = ("resume", "overwrite", "dry_run")
-    mine = {k: v for k, v in json.loads(json.dumps(dataclasses.asdict(settings), default=str)).items() if k not in volatile}
+    mine = {
+        k: v for k, v in json.loads(json.dumps(dataclasses.asdict(settings), default=str)).items() if k not in volatile
+    }
     if settings.overwrite:
         shutil.rmtree(out, ignore_errors=True)
     if path.exists():
@@ -197,7 +200,9 @@ def open_run(out: Path, settings: Any) -> None:
 class Loop:
     """The training loop's state: what a checkpoint holds, and what moves it on."""
 
-    def __init__(self, settings: Settings, accelerator: Accelerator, dataset: ChunkDataset, policy: LocalPolicy) -> None:
+    def __init__(
+        self, settings: Settings, accelerator: Accelerator, dataset: ChunkDataset, policy: LocalPolicy
+    ) -> None:
         self.settings, self.accelerator, self.dataset, self.policy = settings, accelerator, dataset, policy
         model = policy.backbone.model
         parameters = [p for _, p in trainable(model)]
@@ -241,7 +246,7 @@ class Loop:
         mine = indices[rank::world]
         samples = [[self.dataset[i] for i in part] for part in np.array_split(mine, settings.grad_accumulation)]
         n_valid = sum(int((~s.is_pad).sum()) for part in samples for s in part) * self._tokens_per_action
-        n_global = float(self.accelerator.reduce(torch.tensor(float(n_valid), device=self.accelerator.device)))
+        n_global = self._over_ranks([n_valid])[0]
         totals = np.zeros(3)
         for i, part in enumerate(samples):
             sync = i == len(samples) - 1
@@ -258,11 +263,17 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.position += batch
-        loss, correct, l1 = self.accelerator.reduce(torch.tensor(totals, device=self.accelerator.device)).tolist()
+        loss, correct, l1 = self._over_ranks(totals)
         return {
             "step": self.step, "loss": loss / n_global, "action_token_accuracy": correct / n_global, "l1": l1 / n_global,
-            "lr": lr, "grad_norm": float(norm), "epoch": self.position / len(self.dataset),
+            "lr": lr, "grad_norm": float(torch.as_tensor(norm)), "epoch": self.position / len(self.dataset),
         }  # fmt: skip
+
+    def _over_ranks(self, values: Sequence[float] | np.ndarray) -> list[float]:
+        """Sums over all processes; float64, so that counts stay exact."""
+        total = self.accelerator.reduce(torch.tensor([*values], dtype=torch.float64, device=self.accelerator.device))
+        assert isinstance(total, torch.Tensor)
+        return total.tolist()
 
     def _maybe_no_sync(self, sync: bool) -> Any:
         return contextlib.nullcontext() if sync else self.accelerator.no_sync(self.model)
@@ -275,7 +286,9 @@ class Loop:
         """(sum of token losses, [the same, correct tokens, sum of L1 in normalised units]) over valid tokens."""
         policy = self.policy
         inputs = policy.encode([observation_of(sample) for sample in samples])
-        ids = torch.cat([policy.action_token_ids(s.actions[None], s.dataset) for s in samples]).to(policy.backbone.device)
+        ids = torch.cat([policy.action_token_ids(s.actions[None], s.dataset) for s in samples]).to(
+            policy.backbone.device
+        )
         valid = torch.tensor(np.stack([~s.is_pad for s in samples])).repeat_interleave(self._tokens_per_action, dim=1)
         valid = valid.to(ids.device)
         logits = policy.backbone.action_logits(inputs, ids, model=self.model).float()
@@ -302,7 +315,7 @@ class Loop:
             if part:
                 totals += self._forward(part)[1]
                 n_valid += sum(int((~s.is_pad).sum()) for s in part) * self._tokens_per_action
-        sums = self.accelerator.reduce(torch.tensor([*totals, n_valid], device=self.accelerator.device)).tolist()
+        sums = self._over_ranks([*totals, n_valid])
         names = ("holdout_loss", "holdout_action_token_accuracy", "holdout_l1")
         return {"step": self.step, **{name: value / sums[3] for name, value in zip(names, sums[:3], strict=True)}}
 

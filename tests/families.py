@@ -18,7 +18,9 @@ def tokenizer(special: list[str], bos: str, eos: str) -> tf.PreTrainedTokenizerF
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet))
+    core.train_from_iterator(
+        TEXT, trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
+    )
     return tf.PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token=bos, eos_token=eos, pad_token="<pad>",
         additional_special_tokens=[s for s in special if s not in (bos, eos, "<pad>")],
@@ -35,7 +37,11 @@ def text_sizes(**more: object) -> dict:
 def smolvlm(folder: Path) -> None:
     special = ["<pad>", "<|im_start|>", "<end_of_utterance>", "<image>", "<fake_token_around_image>", "<global-img>"]
     tok = tokenizer(special, "<|im_start|>", "<end_of_utterance>")
-    tok.image_token, tok.fake_image_token, tok.global_image_token = "<image>", "<fake_token_around_image>", "<global-img>"
+    tok.image_token, tok.fake_image_token, tok.global_image_token = (
+        "<image>",
+        "<fake_token_around_image>",
+        "<global-img>",
+    )
     image = tf.SmolVLMImageProcessor(
         size={"longest_edge": 64}, max_image_size={"longest_edge": 64}, do_image_splitting=False
     )
@@ -57,7 +63,15 @@ def smolvlm(folder: Path) -> None:
 
 
 def qwen2_5_vl(folder: Path) -> None:
-    special = ["<pad>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    special = [
+        "<pad>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+    ]
     tok = tokenizer(special, "<|im_start|>", "<|im_end|>")
     image = tf.Qwen2VLImageProcessor(patch_size=8, merge_size=2, min_pixels=32 * 32, max_pixels=64 * 64)
     template = (

@@ -43,7 +43,11 @@ def test_a_row_does_not_depend_on_its_batch(backbone, images):
     together, logprobs = backbone.sample(backbone.encode(PROMPTS, [[i] for i in images]), LEGAL, T, 1.0, keys)
     order = [2, 0]
     apart, apart_logprobs = backbone.sample(
-        backbone.encode([PROMPTS[i] for i in order], [[images[i]] for i in order]), LEGAL, T, 1.0, [keys[i] for i in order]
+        backbone.encode([PROMPTS[i] for i in order], [[images[i]] for i in order]),
+        LEGAL,
+        T,
+        1.0,
+        [keys[i] for i in order],
     )
     assert torch.equal(together[order], apart)
     torch.testing.assert_close(logprobs[order], apart_logprobs, atol=1e-4, rtol=0)

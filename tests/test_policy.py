@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES
+from safetensors.torch import load_file, save_file
 
 from vla import merge
 from vla.adapters import parameter_counts
@@ -41,7 +42,9 @@ def observations(n=2):
     rng = np.random.default_rng(0)
     words = ["open the drawer", "close the window right now", "press it"]
     return [
-        Observation({"cam": rng.integers(0, 255, (48, 40, 3), dtype=np.uint8)}, np.float32([0.1, 0.7]), words[i], (3, i))
+        Observation(
+            {"cam": rng.integers(0, 255, (48, 40, 3), dtype=np.uint8)}, np.float32([0.1, 0.7]), words[i], (3, i)
+        )
         for i in range(n)
     ]
 
@@ -97,7 +100,15 @@ def test_only_adapter_and_action_rows_train(saved):
 def test_directory_has_the_documented_parts(saved):
     _, folder = saved
     names = {p.name for p in (folder / "policy").iterdir()}
-    assert names == {"policy.json", "adapter", "processor", "tokenizer", "action_tokenizer", "dataset_statistics.json", "README.md"}
+    assert names == {
+        "policy.json",
+        "adapter",
+        "processor",
+        "tokenizer",
+        "action_tokenizer",
+        "dataset_statistics.json",
+        "README.md",
+    }
     card = (folder / "policy" / "README.md").read_text()
     assert "pipeline_tag: robotics" in card and '{"lr": 0.001}' in card
     assert not list((folder / "policy").rglob("*.bin")) and not list((folder / "policy").rglob("*.pt"))
@@ -134,10 +145,16 @@ DAMAGE = {
     "wrong choice": (damage_json(lambda v: v["image"].update(resize_filter="fancy")), "one of nearest"),
     "newer format": (damage_json(lambda v: v.update(format_version=99)), "policy format 99"),
     "other horizon": (damage_json(lambda v: v["action"].update(horizon=0)), "at least 1 x 1"),
-    "ids that are not there": (damage_json(lambda v: v["tokens"]["placement"].update(first_id=99999)), "embedding matrix"),
+    "ids that are not there": (
+        damage_json(lambda v: v["tokens"]["placement"].update(first_id=99999)),
+        "embedding matrix",
+    ),
     "no statistics": (lambda f: (f / "dataset_statistics.json").unlink(), "no dataset_statistics.json"),
     "cut statistics": (cut("dataset_statistics.json"), "expected JSON"),
-    "wrong action size": (damage_json(lambda v: v["action"].update(names=["a", "b", "c"])), "3, the policy's action size"),
+    "wrong action size": (
+        damage_json(lambda v: v["action"].update(names=["a", "b", "c"])),
+        "3, the policy's action size",
+    ),
     "no adapter": (lambda f: shutil.rmtree(f / "adapter"), "no adapter/"),
     "cut weights": (cut("adapter_model.safetensors"), "cannot be loaded"),
     "other backbone": (damage_json(lambda v: v["backbone"].update(model_type="qwen2_5_vl")), "got a llava model"),
@@ -155,6 +172,17 @@ def test_damage_is_one_clear_error(saved, tmp_path, name):
     with pytest.raises(VlaError, match=message):
         load_policy(copy)
     assert sorted((p, p.stat().st_size) for p in copy.rglob("*")) == before
+
+
+def test_an_adapter_on_other_weights_is_refused(tmp_path):
+    policy = make(tmp_path / "base")
+    policy.save(tmp_path / "policy", stage="finetune", settings={})
+    load_policy(tmp_path / "policy")
+    weights = tmp_path / "base" / "model.safetensors"
+    tensors = {name: tensor * 1.01 for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(VlaError, match="which the adapter was trained on"):
+        load_policy(tmp_path / "policy")
 
 
 @pytest.mark.parametrize(
@@ -198,7 +226,9 @@ def test_merge_equals_adapter_and_opens_in_stock_transformers(saved, tmp_path):
         np.testing.assert_allclose(mine.logprobs, theirs.logprobs, atol=1e-4)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged" / "model")
     assert model.get_input_embeddings().weight.shape[0] == policy.backbone.n_embeddings
-    assert len(AutoProcessor.from_pretrained(tmp_path / "merged" / "model").tokenizer) == len(policy.backbone.processor.tokenizer)
+    assert len(AutoProcessor.from_pretrained(tmp_path / "merged" / "model").tokenizer) == len(
+        policy.backbone.processor.tokenizer
+    )
     with pytest.raises(VlaError, match="exists"):
         merge.run(merge.Settings(folder / "policy", tmp_path / "merged"))
 

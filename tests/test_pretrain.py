@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 from pathlib import Path
@@ -11,10 +12,21 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from vla import pretrain, pretrain_eval, pretrain_text
+from vla import pretrain, pretrain_batch, pretrain_eval, pretrain_text
 from vla.eval.metaworld_suite import MetaWorldSuite
 from vla.inputs import state_text
-from vla.pretrain_data import COLOURS, FACTS, IMAGE_SIZE_PX, TASKS, WORKSPACE_M, load_chunks, render_chunk
+from vla.pretrain_data import (
+    COLOURS,
+    FACTS,
+    FIRST_SEED,
+    IMAGE_SIZE_PX,
+    TASKS,
+    WORKSPACE_M,
+    Scene,
+    load_chunks,
+    project,
+    render_chunk,
+)
 from vla.pretrain_model import SPECIAL, build_processor, build_tokenizer
 from vla.pretrain_text import KINDS, make_turn, make_turns, random_facts, relative_bins
 from vla.spec import PromptSpec
@@ -128,11 +140,13 @@ def test_score() -> None:
 def test_number_targets_are_spread_and_words_are_not() -> None:
     logits = torch.full((1, 300), -30.0)
     logits[0, 20 + 100] = 0.0
-    right, near, far = (pretrain.answer_loss(logits, torch.tensor([20 + n]), 20, 1.5).item() for n in (100, 101, 200))
+    right, near, far = (
+        pretrain_batch.answer_loss(logits, torch.tensor([20 + n]), 20, 1.5).item() for n in (100, 101, 200)
+    )
     assert right < near < far
-    assert pretrain.answer_loss(logits, torch.tensor([120]), 20, 0.0).item() == pytest.approx(0, abs=1e-5)
+    assert pretrain_batch.answer_loss(logits, torch.tensor([120]), 20, 0.0).item() == pytest.approx(0, abs=1e-5)
     word = torch.zeros(1, 300)
-    assert pretrain.answer_loss(word, torch.tensor([5]), 20, 1.5).item() == pytest.approx(np.log(300), abs=1e-4)
+    assert pretrain_batch.answer_loss(word, torch.tensor([5]), 20, 1.5).item() == pytest.approx(np.log(300), abs=1e-4)
 
 
 def test_missing_pictures_are_an_error(tmp_path: Path) -> None:
@@ -142,7 +156,12 @@ def test_missing_pictures_are_an_error(tmp_path: Path) -> None:
 
 def test_dry_run_prints_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert pretrain.run(pretrain.Settings(dry_run=True)) == {}
-    assert json.loads(capsys.readouterr().out)["batch_size"] == 16
+    assert json.loads(capsys.readouterr().out)["batch_size"] == 24
+
+
+def test_more_questions_than_pictures_are_an_error() -> None:
+    with pytest.raises(VlaError, match="got asked 9; expected 1 to batch_size = 4"):
+        pretrain.Settings(batch_size=4, asked=9)
 
 
 def test_resume_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
@@ -153,6 +172,22 @@ def test_resume_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
 
 @needs_metaworld
 def test_questions_agree_with_the_simulator() -> None:
+    scene, rng = Scene("drawer-close"), np.random.default_rng(0)
+    for seed in range(3):
+        fact = scene.episode(FIRST_SEED["heldout"] + 950_000 + seed, rng)[-1][1]
+        simulator = scene.env._env
+        hand, handle = simulator.get_endeff_pos(), simulator._get_pos_objects()
+        expected = np.rint((handle - hand) / 0.002 + 128).clip(0, 255)
+        answer = np.array(make_turn("part_relative", fact, rng).answer.split(), int)
+        assert np.abs(answer - expected).max() <= 1
+        slide = simulator.data.joint("goal_slidey").qpos[0]  # -0.16 m is fully open, 0 closed
+        percent = int(make_turn("percent", fact, rng).answer)
+        assert abs(percent - 100 * np.clip(-slide / 0.16, 0, 1)) <= 1
+    scene.env.close()
+
+
+@needs_metaworld
+def test_chunks_repeat_and_use_their_own_seeds() -> None:
     images, facts = render_chunk("heldout", 900, n_images=8)
     assert images.shape == (8, IMAGE_SIZE_PX, IMAGE_SIZE_PX, 3) and len({image.tobytes() for image in images}) == 8
     again, facts_again = render_chunk("heldout", 900, n_images=8)
@@ -164,15 +199,12 @@ def test_questions_agree_with_the_simulator() -> None:
 
 @needs_metaworld
 def test_projected_pixel_is_where_a_marker_is_drawn() -> None:
-    import mujoco
-
+    mujoco = importlib.import_module("mujoco")
     env = MetaWorldSuite(("reach",), image_size_px=IMAGE_SIZE_PX).make("reach")
     env.reset(seed=5)
     model, data = env._env.model, env._env.data
     camera = model.camera("corner2")
     pose = data.cam_xpos[camera.id], data.cam_xmat[camera.id].reshape(3, 3)
-    from vla.pretrain_data import project
-
     site = model.site("goal").id
     before = env.frame().astype(int)
     model.site_rgba[site] = 0
@@ -204,11 +236,13 @@ def test_packed_questions_equal_single_ones() -> None:
     batch = trainer.packer.pack([turns])
     model, processor = trainer.model, trainer.processor
     with torch.no_grad():
-        features = model.model.get_image_features(pixel_values=pretrain.pixels(image), return_dict=True).pooler_output
+        features = model.model.get_image_features(
+            pixel_values=pretrain_batch.pixels(image), return_dict=True
+        ).pooler_output
         text = model.model.language_model
         embeds = text.embed_tokens(batch["input_ids"])
         embeds = torch.cat([embeds[:, :1], features, embeds[:, len(trainer.packer.prefix) :]], dim=1)
-        hidden = text(inputs_embeds=embeds, attention_mask=pretrain.block_mask(batch["turn"]),
+        hidden = text(inputs_embeds=embeds, attention_mask=pretrain_batch.block_mask(batch["turn"]),
                       position_ids=batch["position_ids"], use_cache=False).last_hidden_state  # fmt: skip
         packed = model.lm_head(hidden)[0]
         for number, turn in enumerate(turns):
@@ -223,8 +257,10 @@ def test_resume_is_identical_and_export_opens_with_the_auto_classes(tmp_path: Pa
     data_dir = tmp_path / "data"
     data_dir.mkdir()
     write_fake_data(data_dir)
-    data = pretrain.PictureData(data_dir, "train")
-    settings = pretrain.Settings(data_dir=data_dir, batch_size=2, turns=2, vision_steps=1, warmup_steps=2, threads=1)
+    data = pretrain_batch.PictureData(data_dir, "train")
+    settings = pretrain.Settings(
+        data_dir=data_dir, batch_size=2, asked=2, turns=2, vision_steps=1, warmup_steps=2, threads=1
+    )
     straight = pretrain.Trainer(settings)
     for step in range(4):
         row = straight.train_step(data)
@@ -249,5 +285,5 @@ def test_processor_gives_what_training_gave() -> None:
     image = np.random.default_rng(0).integers(0, 255, size=(1, IMAGE_SIZE_PX, IMAGE_SIZE_PX, 3)).astype(np.uint8)
     processor = build_processor(TOKENIZER)
     inputs = processor(text=["<image>"], images=[[image[0]]], return_tensors="pt")
-    assert torch.allclose(inputs["pixel_values"], pretrain.pixels(image), atol=1e-6)
+    assert torch.allclose(inputs["pixel_values"], pretrain_batch.pixels(image), atol=1e-6)
     assert inputs["input_ids"].shape == (1, 25)

@@ -67,7 +67,12 @@ def test_worker_processes_and_slots_change_nothing(folder, straight):
     other = rl.run(settings(folder, out=folder / "other", workers=1, slots=3, micro_batch=64), SUITE)
     mine, theirs = (read_jsonl(folder / name / "metrics.jsonl") for name in ("straight", "other"))
     for a, b in zip(mine, theirs, strict=True):
-        assert (a["success"], a["kept"], a["queries"], a["env_steps"]) == (b["success"], b["kept"], b["queries"], b["env_steps"])
+        assert (a["success"], a["kept"], a["queries"], a["env_steps"]) == (
+            b["success"],
+            b["kept"],
+            b["queries"],
+            b["env_steps"],
+        )
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
     for (name, p), (_, q) in zip(
         load_policy(straight).backbone.model.named_parameters(),
@@ -147,7 +152,11 @@ def test_dry_run_writes_nothing(folder, capsys):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"group_size": 1}, "at least 2"), ({"temperature": 0.0}, "above 0"), ({"groups": 9}, "1 <= groups <= max_groups")],
+    [
+        ({"group_size": 1}, "at least 2"),
+        ({"temperature": 0.0}, "above 0"),
+        ({"groups": 9}, "1 <= groups <= max_groups"),
+    ],
 )
 def test_contradictions_are_refused(folder, changes, message):
     with pytest.raises(VlaError, match=message):

@@ -40,7 +40,9 @@ def test_metrics_curve_and_result_are_there(folder, straight):
     held = [row for row in rows if "holdout_loss" in row]
     assert [row["step"] for row in train] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in held] == [3, 6]
-    assert all({"action_token_accuracy", "l1", "lr", "grad_norm", "samples_per_s", "epoch"} <= row.keys() for row in train)
+    assert all(
+        {"action_token_accuracy", "l1", "lr", "grad_norm", "samples_per_s", "epoch"} <= row.keys() for row in train
+    )
     assert (folder / "straight" / "curves.png").stat().st_size > 5000
     assert load_policy(straight).metadata["unnorm_key"] == "fake"
 
@@ -132,7 +134,9 @@ def test_two_processes_equal_one(folder):
     script = folder / "two_ranks.py"
     script.write_text(code)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     mine, theirs = (read_jsonl(folder / name / "metrics.jsonl") for name in ("one", "two"))
     for a, b in zip([r for r in mine if "loss" in r], [r for r in theirs if "loss" in r], strict=True):
@@ -182,5 +186,3 @@ def test_learning_rate_schedules():
     assert rates[-1] == pytest.approx(0.1 * settings.lr, rel=0.01)
     constant = sft.PRESETS["openvla-lora"]
     assert {sft.learning_rate(constant, step) for step in (0, 10, 40_000)} == {constant.lr}
-
-

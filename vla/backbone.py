@@ -8,9 +8,10 @@ Action ids are appended as ids, never as text, so nothing is re-tokenised.
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -40,7 +41,12 @@ def resolve_source(source: str) -> str:
 
 
 def load_backbone(
-    source: str, *, processor_path: str | Path | None = None, dtype: str = "float32", device: str = "cpu", **options: Any
+    source: str,
+    *,
+    processor_path: str | Path | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    **options: Any,
 ) -> Backbone:
     """Open a checkpoint with stock transformers; safetensors only, no remote code.
 
@@ -58,7 +64,7 @@ def load_backbone(
         raise VlaError(f"{source} cannot be opened as an image-text-to-text model: {error}; expected a checkpoint that "
                        "AutoModelForImageTextToText loads, with its processor; fix: check the path") from error  # fmt: skip
     if "quantization_config" not in options:
-        model = model.to(device)
+        model = cast(Any, model).to(device)
     return Backbone(model.eval(), processor)
 
 
@@ -75,7 +81,9 @@ class Backbone:
         # A checkpoint's own repetition penalty, top-p or suppressed tokens would distort the action distribution, and
         # passing a config to `generate` does not help: missing fields are filled from this one.
         model.generation_config = GenerationConfig(
-            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=tokenizer.bos_token_id,
         )
 
     @property
@@ -166,6 +174,19 @@ class Backbone:
         if "mm_token_type_ids" in inputs:
             extended["mm_token_type_ids"] = _grow(inputs["mm_token_type_ids"], ids.shape[1], 0)
         return extended
+
+
+def fingerprint(model: Any) -> str:
+    """16 hex digits that change with the weights: names, shapes and up to 64 values of every parameter, as bfloat16.
+
+    An adapter on other weights than it was trained on still loads, and acts wrongly without a word.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16)
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _grow(tensor: torch.Tensor, n: int, value: int) -> torch.Tensor:

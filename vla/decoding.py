@@ -38,7 +38,9 @@ class ActionSampler(LogitsProcessor):
             noise: (B, T, n_symbols) from `gumbel_noise`, needed when temperature > 0.
         """
         if temperature < 0 or (temperature > 0) != (noise is not None):
-            raise ValueError(f"temperature {temperature} with noise {noise is not None}: noise goes with temperature > 0")
+            raise ValueError(
+                f"temperature {temperature} with noise {noise is not None}: noise goes with temperature > 0"
+            )
         self.legal_ids, self.n_tokens, self.temperature, self.noise = legal_ids, n_tokens, temperature, noise
         self._ids: list[torch.Tensor] = []
         self._logprobs: list[torch.Tensor] = []

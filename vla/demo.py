@@ -179,10 +179,14 @@ def _eval_settings(settings: Settings, policy: str, out: Path) -> evaluation.Set
 def _claim(settings: Settings) -> None:
     """Write settings.json, or check that the folder holds this very demo."""
     path = settings.out / "settings.json"
-    mine = {k: v for k, v in json.loads(json.dumps(dataclasses.asdict(settings), default=str)).items() if k != "dry_run"}
+    mine = {
+        k: v for k, v in json.loads(json.dumps(dataclasses.asdict(settings), default=str)).items() if k != "dry_run"
+    }
     if path.exists():
         theirs = json.loads(path.read_text())
         changed = [f"{k} {theirs.get(k)!r} -> {v!r}" for k, v in mine.items() if theirs.get(k) != v]
         if changed:
-            raise problem(f"another demo in {settings.out}: {', '.join(changed)}", "the same settings", "choose another --out")
+            raise problem(
+                f"another demo in {settings.out}: {', '.join(changed)}", "the same settings", "choose another --out"
+            )
     write_json(path, mine)

@@ -34,19 +34,30 @@ def write_demo_report(out: Path, settings: dict[str, Any]) -> Path:
     write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     parts = [
         section("Result", _cards(summary)),
-        section("Success", _success_chart(results), _success_table(results),
-                note="The same initial states for all three; no training stage saw them. Wilson 95 % intervals."),  # fmt: skip
+        section(
+            "Success",
+            _success_chart(results),
+            _success_table(results),
+            note="The same initial states for all three; no training stage saw them. Wilson 95 % intervals.",
+        ),  # fmt: skip
         section("Quantized against full precision", _serving_table(results, latency, out)),
         section("Fine-tuning", *_sft_curves(out)),
         section("RL from sparse success", *_rl_curves(out)),
-        section("Roll-outs", gallery(_videos(out, results)), note="The first episode of each task, not chosen by outcome."),
+        section(
+            "Roll-outs", gallery(_videos(out, results)), note="The first episode of each task, not chosen by outcome."
+        ),
         section("Where the time went", _time_table(out)),
-        section("How this was made", code("vla demo --out " + str(settings["out"])),
-                details("Settings", code(json.dumps(settings, indent=2, default=str))),
-                details("Versions", code(json.dumps(results["after RL"].versions, indent=2)))),  # fmt: skip
+        section(
+            "How this was made",
+            code("vla demo --out " + str(settings["out"])),
+            details("Settings", code(json.dumps(settings, indent=2, default=str))),
+            details("Versions", code(json.dumps(results["after RL"].versions, indent=2))),
+        ),  # fmt: skip
     ]
     tasks = ", ".join(settings["tasks"])
-    write_text(out / "report.html", page("From demonstrations to an evaluated endpoint", f"Meta-World: {tasks}", *parts))
+    write_text(
+        out / "report.html", page("From demonstrations to an evaluated endpoint", f"Meta-World: {tasks}", *parts)
+    )
     return out / "report.html"
 
 
@@ -121,7 +132,9 @@ def _sft_curves(out: Path) -> list[Any]:
     }
     return [
         line_chart_svg(loss, x_label="optimiser step", y_label="cross-entropy per action token", markers=False),
-        line_chart_svg(accuracy, x_label="optimiser step", y_label="action-token accuracy", y_percent=True, markers=False),
+        line_chart_svg(
+            accuracy, x_label="optimiser step", y_label="action-token accuracy", y_percent=True, markers=False
+        ),
     ]
 
 
@@ -132,7 +145,9 @@ def _rl_curves(out: Path) -> list[Any]:
     success |= {task: _curve(rows, "iteration", f"success/{task}") for task in tasks}
     groups = {"kept": _curve(rows, "iteration", "kept"), "rejected, all equal": _curve(rows, "iteration", "all_equal")}
     return [
-        line_chart_svg(success, x_label="iteration", y_label="success of sampled training rollouts", y_range=(0, 1), y_percent=True),
+        line_chart_svg(
+            success, x_label="iteration", y_label="success of sampled training rollouts", y_range=(0, 1), y_percent=True
+        ),
         line_chart_svg(groups, x_label="iteration", y_label="groups"),
     ]
 

@@ -18,7 +18,10 @@ def model_card(spec: PolicySpec, statistics: Statistics) -> str:
     action, image = spec.action, spec.image
     rows = [
         ("backbone", f"{spec.backbone.source} ({spec.backbone.model_type}), {spec.backbone.weights} weights"),
-        ("cameras", f"{', '.join(image.cameras)} at {image.size_px} px, {image.resize_filter}, rotated {image.rotation_deg}°"),
+        (
+            "cameras",
+            f"{', '.join(image.cameras)} at {image.size_px} px, {image.resize_filter}, rotated {image.rotation_deg}°",
+        ),
         ("action", f"{action.dim} dimensions ({', '.join(action.names)}), {'delta' if action.delta else 'absolute'}"),
         ("chunk", f"{action.horizon} actions, {action.control_hz:g} Hz"),
         ("gripper", action.gripper_convention or "none"),
@@ -28,6 +31,8 @@ def model_card(spec: PolicySpec, statistics: Statistics) -> str:
     lines = [*head, "---", "", f"# {spec.name}", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in rows]
     lines += ["", "Prompt:", "", "```", spec.prompt.template, "```", "", "## How it was made", ""]
-    lines += [f"{i}. `{entry['stage']}`: `{json.dumps(entry['settings'])}`" for i, entry in enumerate(spec.provenance, 1)]
+    lines += [
+        f"{i}. `{entry['stage']}`: `{json.dumps(entry['settings'])}`" for i, entry in enumerate(spec.provenance, 1)
+    ]
     lines += ["", "Libraries: " + ", ".join(f"{name} {number}" for name, number in spec.versions.items()), ""]
     return "\n".join(lines)

@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 
 from vla.adapters import AddedInit, PlacementKind, add_action_tokens, attach_lora, parameter_counts, place_actions
-from vla.backbone import Backbone, load_backbone
+from vla.backbone import Backbone, fingerprint, load_backbone
 from vla.files import write_json, write_text
 from vla.inputs import prepare_images, prepare_prompt
 from vla.model_card import model_card
@@ -90,9 +90,7 @@ class LocalPolicy:
         token_ids, logprob_rows = ids.cpu().numpy(), logprobs.float().cpu().numpy()
         normalized, ok = self.codec.decode(token_ids)
         actions = self.normalizer.unnormalize(normalized)
-        return [
-            ActionChunk(actions[i], token_ids[i], logprob_rows[i], bool(ok[i])) for i in range(len(observations))
-        ]
+        return [ActionChunk(actions[i], token_ids[i], logprob_rows[i], bool(ok[i])) for i in range(len(observations))]
 
     def action_token_ids(self, actions: np.ndarray, dataset: str) -> torch.Tensor:
         """Physical actions (B, H, D) of one dataset -> int64 ids (B, T)."""
@@ -119,7 +117,9 @@ class LocalPolicy:
         else:
             self.backbone.model.save_pretrained(temporary / "model")
             self.backbone.processor.save_pretrained(temporary / "model")
-        write_json(temporary / "action_tokenizer" / "tokenizer.json", {**self.codec.tokenizer.save(), "scheme": "uniform"})
+        write_json(
+            temporary / "action_tokenizer" / "tokenizer.json", {**self.codec.tokenizer.save(), "scheme": "uniform"}
+        )
         write_json(temporary / STATISTICS_FILE, self.statistics)
         write_json(temporary / FILE, to_json(spec))
         write_text(temporary / "README.md", model_card(spec, self.statistics))
@@ -160,11 +160,11 @@ def create_policy(
 ) -> LocalPolicy:  # fmt: skip
     """A new policy: a pretrained VLM, extended with action tokens, with a fresh LoRA adapter that trains."""
     backbone = load_backbone(source, dtype=dtype, device=device)
+    base = BackboneSpec(source, backbone.config.model_type, "adapter", None, fingerprint(backbone.model))
     placed, n_added = place_actions(backbone, placement, bins, added_init)
     tokens = TokenSpec("uniform", bins, placed.save(), n_added, added_init)
-    model_type = backbone.config.model_type
     attach_lora(backbone, r=lora_r, alpha=lora_alpha, dropout=lora_dropout, parts=lora_parts, train_ids=placed.ids)
-    spec = PolicySpec(name, BackboneSpec(source, model_type, "adapter"), action, image, prompt, tokens, unnorm_key)
+    spec = PolicySpec(name, base, action, image, prompt, tokens, unnorm_key)
     return LocalPolicy(spec, backbone, statistics)
 
 
@@ -201,6 +201,10 @@ def load_policy(
         raise problem(f"a {backbone.config.model_type} model at {source}", spec.backbone.model_type,
                       "restore the backbone the policy was trained on")  # fmt: skip
     if not merged:
+        found = fingerprint(backbone.model)
+        if spec.backbone.fingerprint not in ("", found):
+            raise problem(f"weights {found} at {source}", f"{spec.backbone.fingerprint}, which the adapter was trained on",
+                          "restore those weights, or fine-tune again on the new ones")  # fmt: skip
         if spec.tokens.n_added:
             add_action_tokens(backbone, spec.tokens.n_added, spec.tokens.added_init)
         try:

@@ -25,23 +25,22 @@ from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor, FastVlmForConditionalGeneration
 
 from vla.files import append_jsonl, write_bytes, write_json
-from vla.pretrain_data import COLOURS, IMAGE_SIZE_PX, TASKS, WORKSPACE_M, load_chunks, render_all
-from vla.pretrain_eval import evaluate
-from vla.pretrain_model import (
-    N_IMAGE_TOKENS,
-    N_NUMBERS,
-    PIXEL_MEAN,
-    PIXEL_STD,
-    build_model,
-    build_processor,
-    build_tokenizer,
+from vla.pretrain_batch import (
+    IGNORE,
+    N_REGRESSED,
+    Packer,
+    PictureData,
+    answer_loss,
+    block_mask,
+    pixels,
+    regression_targets,
 )
+from vla.pretrain_data import COLOURS, TASKS, render_all
+from vla.pretrain_eval import evaluate
+from vla.pretrain_model import N_IMAGE_TOKENS, build_model, build_processor, build_tokenizer
 from vla.pretrain_text import Turn, make_turns
 from vla.progress import Progress
 from vla.types import problem
-
-IGNORE = -100
-N_REGRESSED = 19
 
 
 @dataclass(frozen=True)
@@ -52,26 +51,28 @@ class Settings:
     # Where the rendered pictures are, or go.
     out_dir: Path = Path("runs/tiny")
     # Where checkpoints, metrics and `model/`, the exported VLM, go.
-    images: int = 40_000
+    images: int = 26_000
     # Pictures to train on.
     heldout_images: int = 1000
     # Pictures of other episodes for the figures.
     processes: int = 2
     # Processes that render.
-    steps: int = 5000
+    steps: int = 3000
     # Optimizer steps.
-    batch_size: int = 16
+    batch_size: int = 24
     # Pictures per step.
-    turns: int = 9
-    # Questions per picture and step.
+    asked: int = 10
+    # How many of them the decoder is asked about; all go through the regression head. Seeing is the slower to learn.
+    turns: int = 8
+    # Questions per picture that is asked about.
     lr: float = 5e-4
     # Of the decoder and the projector; constant after warm-up, then linear to 0 over the second half of the steps.
     vision_lr: float = 2e-4
     # Of the CNN; half of it for the regression head, which has 6400 inputs and is the first to become noisy.
     warmup_steps: int = 100
     # Linear warm-up.
-    vision_steps: int = 0
-    # First steps with the regression head alone: twice as fast, and the decoder then starts on useful features.
+    vision_steps: int = 300
+    # First steps with the regression head alone, so that the decoder starts on useful features.
     vision_weight: float = 1.0
     # Weight of the regression head's loss.
     smoothing: float = 1.5
@@ -80,16 +81,22 @@ class Settings:
     # Autocast; twice as fast where the processor has bfloat16 instructions.
     threads: int = 2
     # torch threads.
-    save_every_steps: int = 500
+    save_every_steps: int = 200
     # Checkpoint and export.
-    eval_images: int = 150
-    # Held-out pictures asked at each save; the last evaluation asks all.
+    eval_images: int = 20
+    # Held-out pictures asked every kind of question at each save; 0 asks none.
+    final_eval_images: int = 300
+    # The same, at the end.
     seed: int = 0
     # Of the starting weights and the order of pictures and questions.
     resume: bool = False
     # Continue from the last checkpoint in out_dir.
     dry_run: bool = False
-    # Print the settings and sizes, then stop.
+    # Print the settings, then stop.
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.asked <= self.batch_size:
+            raise problem(f"asked {self.asked}", f"1 to batch_size = {self.batch_size}", "correct --asked")
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -129,94 +136,11 @@ def run(settings: Settings) -> dict[str, Any]:
     model = AutoModelForImageTextToText.from_pretrained(settings.out_dir / "model", dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(settings.out_dir / "model")
     figures = {
-        "heldout": evaluate(model, processor, heldout, settings.heldout_images),
-        "blind": evaluate(model, processor, heldout, settings.heldout_images, blind=True),
+        "heldout": evaluate(model, processor, heldout, settings.final_eval_images),
+        "blind": evaluate(model, processor, heldout, settings.final_eval_images, blind=True),
     }
     write_json(settings.out_dir / "heldout.json", figures)
     return figures
-
-
-class PictureData:
-    """Rendered chunks of one split."""
-
-    def __init__(self, data_dir: Path, split: str) -> None:
-        self._chunks, self.facts = load_chunks(data_dir, split)
-        self._ends = np.cumsum([len(chunk) for chunk in self._chunks])
-
-    def __len__(self) -> int:
-        return len(self.facts)
-
-    def images(self, rows: Sequence[int]) -> np.ndarray:
-        """uint8 (B, 160, 160, 3)."""
-        chunks = [int(np.searchsorted(self._ends, row, side="right")) for row in rows]
-        return np.stack([self._chunks[c][row - self._ends[c]] for c, row in zip(chunks, rows, strict=True)])
-
-
-def pixels(images: np.ndarray) -> torch.Tensor:
-    """uint8 (B, h, w, 3) -> float32 (B, 3, h, w), as the processor normalises them; channels last in memory."""
-    values = torch.from_numpy(images).permute(0, 3, 1, 2).float()
-    return ((values / 255 - PIXEL_MEAN) / PIXEL_STD).contiguous(memory_format=torch.channels_last)
-
-
-class Packer:
-    """Questions of one picture -> token ids, labels, positions and the number of the question they belong to."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        names = ("<bos>", "<image>", "<|user|>", "<|assistant|>", "<eos>")
-        self._bos, self._image, self._user, self._assistant, self._eos = tokenizer.convert_tokens_to_ids(list(names))
-        self.prefix = [self._bos] + [self._image] * N_IMAGE_TOKENS
-
-    def pack(self, rows: Sequence[Sequence[Turn]]) -> dict[str, torch.Tensor]:
-        """int64 (B, T) `input_ids`, `labels` (already shifted: the token to predict), `position_ids`, `turn`."""
-        texts = [" " + text for row in rows for turn in row for text in (turn.question, turn.answer)]
-        encoded = iter(self._tokenizer(texts, add_special_tokens=False)["input_ids"])
-        sequences = []
-        for row in rows:
-            tokens, labels, positions = list(self.prefix), [IGNORE] * len(self.prefix), list(range(len(self.prefix)))
-            owner = [-1] * len(self.prefix)
-            for number, _ in enumerate(row):
-                question, answer = next(encoded), next(encoded)
-                turn = [self._user, *question, self._assistant, *answer]
-                tokens += turn
-                labels += [IGNORE] * (len(question) + 1) + [*answer, self._eos]
-                positions += range(len(self.prefix), len(self.prefix) + len(turn))
-                owner += [number] * len(turn)
-            sequences.append((tokens, labels, positions, owner))
-        length = max(len(sequence[0]) for sequence in sequences)
-        columns = []
-        for values, fill in zip(zip(*sequences, strict=True), (self._eos, IGNORE, 0, -2), strict=True):
-            columns.append(torch.tensor([v + [fill] * (length - len(v)) for v in values]))
-        return dict(zip(("input_ids", "labels", "position_ids", "turn"), columns, strict=True))
-
-
-def block_mask(turn: torch.Tensor) -> torch.Tensor:
-    """bool (B, 1, T, T), True where row may look at column: earlier, and the picture or the same question."""
-    causal = torch.ones(turn.shape[1], turn.shape[1], dtype=torch.bool).tril()
-    same = turn[:, :, None] == turn[:, None, :]
-    return ((same | (turn == -1)[:, None, :]) & causal)[:, None]
-
-
-def answer_loss(logits: torch.Tensor, targets: torch.Tensor, first_number: int, smoothing: float) -> torch.Tensor:
-    """Cross-entropy of (n, V) logits with (n,) ids; a number's target is spread over its neighbours."""
-    logprobs = F.log_softmax(logits.float(), dim=-1)
-    value = targets - first_number
-    is_number = (value >= 0) & (value < N_NUMBERS) & (smoothing > 0)
-    words = -logprobs[~is_number].gather(1, targets[~is_number, None]).sum()
-    distance = torch.arange(N_NUMBERS)[None] - value[is_number, None]
-    spread = torch.softmax(-0.5 * (distance / max(smoothing, 1e-6)) ** 2, dim=-1)
-    numbers = -(spread * logprobs[is_number, first_number : first_number + N_NUMBERS]).sum()
-    return (words + numbers) / len(targets)
-
-
-def regression_targets(facts: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 (B, 19), each about one wide, and int64 (B, 3) classes: task, object colour, table colour."""
-    low, high = WORKSPACE_M
-    points = [(facts[name] - low) / (high - low) for name in ("hand", "part", "goal")]
-    places = [facts[f"{name}_px"] / IMAGE_SIZE_PX for name in ("hand", "part", "goal")]
-    values = [*points, 2 * (facts["part"] - facts["hand"]), *places, facts["opening"][:, None]]
-    classes = np.stack([facts["task"], facts["colour"] + 1, facts["table_colour"] + 1], axis=1)
-    return torch.from_numpy(np.concatenate(values, axis=1)).float(), torch.from_numpy(classes.astype(np.int64))
 
 
 class Trainer:
@@ -228,10 +152,10 @@ class Trainer:
         tokenizer = build_tokenizer()
         self.processor = build_processor(tokenizer)
         self.packer = Packer(tokenizer)
-        self.first_number = int(tokenizer.convert_tokens_to_ids("Ġ0"))
-        self.model = build_model(tokenizer, settings.seed)
-        self.mean = build_model(tokenizer, settings.seed)
-        cnn: Any = self.model.model.vision_tower
+        self.first_number = tokenizer.get_vocab()["Ġ0"]
+        self.model: Any = build_model(tokenizer, settings.seed)
+        self.mean: Any = build_model(tokenizer, settings.seed)
+        cnn = self.model.model.vision_tower
         cnn.to(memory_format=torch.channels_last)
         width = N_IMAGE_TOKENS * self.model.config.text_config.hidden_size
         self.head = torch.nn.Linear(width, N_REGRESSED + len(TASKS) + 2 * (len(COLOURS) + 1))
@@ -250,8 +174,8 @@ class Trainer:
         settings, start = self.settings, time.monotonic()
         rng = np.random.default_rng([settings.seed, self.step])
         only_vision = self.step < settings.vision_steps
-        size = settings.batch_size * (2 if only_vision else 1)
-        rows = rng.integers(len(data), size=size)
+        size = settings.batch_size
+        rows = rng.integers(min(len(data), settings.images), size=size)
         facts = data.facts[rows]
         gain = rng.uniform(0.85, 1.15, size=(size, 1, 1, 1)), rng.uniform(-0.1, 0.1, size=(size, 1, 1, 1))
         gain = [torch.from_numpy(g).float() for g in gain]
@@ -263,7 +187,8 @@ class Trainer:
             vision = self._vision_loss(features, facts)
             answers = torch.zeros(())
             if not only_vision:
-                answers = self._answer_loss(features, [make_turns(fact, rng, settings.turns) for fact in facts])
+                turns = [make_turns(fact, rng, settings.turns) for fact in facts[: settings.asked]]
+                answers = self._answer_loss(features[: settings.asked], turns)
         loss = answers + settings.vision_weight * vision
         self.optimizer.zero_grad()
         loss.backward()
@@ -278,7 +203,7 @@ class Trainer:
 
     def _answer_loss(self, features: torch.Tensor, turns: Sequence[Sequence[Turn]]) -> torch.Tensor:
         batch = self.packer.pack(turns)
-        text: Any = self.model.model.language_model
+        text = self.model.model.language_model
         embeds = text.embed_tokens(batch["input_ids"])
         embeds = torch.cat([embeds[:, :1], features.to(embeds.dtype), embeds[:, len(self.packer.prefix) :]], dim=1)
         hidden = text(
@@ -302,7 +227,8 @@ class Trainer:
         if self.step % every:
             return
         keep = min(0.998, (1 + self.step) / (10 + self.step)) ** every
-        torch._foreach_lerp_(list(self.mean.parameters()), list(self.model.parameters()), 1 - keep)
+        for mean, now in zip(self.mean.parameters(), self.model.parameters(), strict=True):
+            mean.lerp_(now, 1 - keep)
 
     def save(self, folder: Path) -> None:
         """Everything `load` needs, as safetensors; the folder is replaced whole."""
@@ -344,7 +270,7 @@ def lr_share(step: int, settings: Settings) -> float:
     return min(1.0, (step + 1) / settings.warmup_steps, decay)
 
 
-def export(model: FastVlmForConditionalGeneration, processor: Any, folder: Path) -> None:
+def export(model: Any, processor: Any, folder: Path) -> None:
     """Write a checkpoint that stock transformers opens, weights in float16."""
     fresh = folder.with_name(folder.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)

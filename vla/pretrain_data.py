@@ -10,9 +10,11 @@ only on its split and number, so rendering may be stopped, continued or spread o
 from __future__ import annotations
 
 import atexit
+import importlib
 import io
 import math
 import multiprocessing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +78,7 @@ def load_chunks(data_dir: Path, split: str) -> tuple[list[np.ndarray], np.ndarra
     return images, np.concatenate(facts)
 
 
-def render_all(data_dir: Path, n_train: int, n_heldout: int, processes: int) -> Any:
+def render_all(data_dir: Path, n_train: int, n_heldout: int, processes: int) -> Iterator[tuple[int, int]]:
     """Render the missing chunks in `processes` processes; yields (done, total) after each chunk."""
     jobs = [
         (data_dir, split, number)
@@ -114,9 +116,9 @@ def render_chunk(split: str, number: int, n_images: int = CHUNK_IMAGES) -> tuple
     for episode in range(n_images):
         name = str(rng.choice(TASKS, p=weights / weights.sum()))
         if name not in _scenes:
-            if not _scenes:
-                atexit.register(_close_scenes)
             _scenes[name] = Scene(name)
+            if len(_scenes) == 1:  # after MuJoCo's own exit functions were registered, so before they run
+                atexit.register(_close_scenes)
         for image, fact in _scenes[name].episode(first_seed + episode, rng):
             images[done], facts[done] = image, fact
             done += 1
@@ -189,8 +191,7 @@ class Scene:
 
     def _move_object(self, rng: np.random.Generator) -> None:
         """Put a hinge or slide anywhere in its range, a free object somewhere else on the table."""
-        import mujoco
-
+        mujoco: Any = importlib.import_module("mujoco")
         model, data = self.env._env.model, self.env._env.data
         joint = model.joint(self._joint)
         if joint.type[0] == mujoco.mjtJoint.mjJNT_FREE:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from vla.pretrain_data import IMAGE_SIZE_PX, WORKSPACE_M
-from vla.pretrain_text import _OPTIONAL, KINDS, RELATIVE_STEP_M, Turn, make_turn
+from vla.pretrain_text import KINDS, ONLY_IF, RELATIVE_STEP_M, Turn, make_turn
 
 _CELL_CM = (100 * (WORKSPACE_M[1] - WORKSPACE_M[0]) / 256).tolist()
 _RELATIVE_CM = [100 * RELATIVE_STEP_M] * 3
@@ -74,7 +74,7 @@ def evaluate(
     rng = np.random.default_rng(seed)
     figures = {}
     for kind in KINDS:
-        fits = _OPTIONAL.get(kind, lambda fact: True)
+        fits = ONLY_IF.get(kind, lambda fact: True)
         rows = [row for row in range(min(n_images, len(pictures))) if fits(pictures.facts[row])]
         if not rows:
             continue

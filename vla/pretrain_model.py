@@ -101,18 +101,18 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast, hidden: int = 256, layers: int = 4) -> FastVlmConfig:
-    ids = {name: int(tokenizer.convert_tokens_to_ids(f"<{name}>")) for name in ("pad", "bos", "eos", "image")}
-    vision = TimmWrapperConfig(
-        architecture="tf_efficientnet_lite0", model_args={}, do_pooling=False, hidden_size=1280, num_labels=0
-    )
+    vocab = tokenizer.get_vocab()
+    ids: dict[str, Any] = {f"{name}_token_id": vocab[f"<{name}>"] for name in ("pad", "bos", "eos")}
+    size: dict[str, Any] = {"hidden_size": 1280, "num_labels": 0}
+    vision = TimmWrapperConfig(architecture="tf_efficientnet_lite0", model_args={}, do_pooling=False, **size)
     text = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=hidden // 32,
         num_key_value_heads=max(1, hidden // 128), intermediate_size=3 * hidden, tie_word_embeddings=True,
-        max_position_embeddings=1024, pad_token_id=ids["pad"], bos_token_id=ids["bos"], eos_token_id=ids["eos"],
+        max_position_embeddings=1024, **ids,
     )  # fmt: skip
     return FastVlmConfig(
-        vision_config=vision, text_config=text, image_token_id=ids["image"], image_seq_length=N_IMAGE_TOKENS,
-        tie_word_embeddings=True, pad_token_id=ids["pad"], bos_token_id=ids["bos"], eos_token_id=ids["eos"],
+        vision_config=vision, text_config=text, image_token_index=vocab["<image>"], image_seq_length=N_IMAGE_TOKENS,
+        tie_word_embeddings=True, **ids,
     )  # fmt: skip
 
 

@@ -109,7 +109,7 @@ def directions(offset_m: np.ndarray) -> str:
 
 def make_turns(fact: np.ndarray, rng: np.random.Generator, n_turns: int) -> list[Turn]:
     """`n_turns` different questions that fit this picture, the position questions most often."""
-    kinds = [kind for kind in KINDS if kind not in _OPTIONAL or _OPTIONAL[kind](fact)]
+    kinds = [kind for kind in KINDS if kind not in ONLY_IF or ONLY_IF[kind](fact)]
     weights = np.array([KINDS[kind][0] for kind in kinds])
     chosen = rng.choice(len(kinds), size=min(n_turns, len(kinds)), replace=False, p=weights / weights.sum())
     return [make_turn(kinds[i], fact, rng) for i in chosen]
@@ -302,7 +302,7 @@ KINDS: dict[str, tuple[float, _Maker]] = {
     "percent": (0.4, _percent),
     "caption": (0.3, _caption),
 }
-_OPTIONAL: dict[str, Callable[[np.ndarray], bool]] = {
+ONLY_IF: dict[str, Callable[[np.ndarray], bool]] = {
     "colour": lambda fact: bool(fact["colour"] != NO_COLOUR),
     "gripper": lambda fact: not 0.5 < fact["opening"] < 0.7,
     "is_open": lambda fact: TASKS[fact["task"]].startswith(("drawer", "door-open", "door-close", "window")),

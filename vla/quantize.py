@@ -31,7 +31,9 @@ def quantized_options(method: str, device: str) -> tuple[dict[str, Any], str]:
         raise problem(f"{method} on {device} without bitsandbytes", "bitsandbytes", "pip install 'vla-toolkit[bnb]'")
     from transformers import BitsAndBytesConfig
 
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line per int8 call with fp32 input
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(
+        logging.ERROR
+    )  # a line per int8 call with fp32 input
     warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
     if method == "int8":
         config = BitsAndBytesConfig(load_in_8bit=True)
@@ -62,7 +64,9 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def _packed(module: nn.Module) -> list[torch.Tensor]:
-    if isinstance(module, torch.ao.nn.quantized.dynamic.Linear):
-        weight, bias = module._packed_params._weight_bias()
+    from torch.ao.nn.quantized.dynamic import Linear  # importing torch.ao is slow, and most programs never need it
+
+    if isinstance(module, Linear):
+        weight, bias = getattr(module, "_packed_params")._weight_bias()  # noqa: B009 - typed as a plain Module
         return [weight.int_repr(), *([bias] if bias is not None else [])]
     return []

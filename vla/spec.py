@@ -98,6 +98,9 @@ class BackboneSpec:
     weights: Literal["base", "adapter", "merged"] = "base"
     """base: `source` as it is; adapter: `source` + adapter/; merged: model/, `source` is then only history."""
     revision: str | None = None
+    """Of a Hub source."""
+    fingerprint: str = ""
+    """`vla.backbone.fingerprint` of the source's weights, checked at load."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,9 @@ def check(spec: PolicySpec) -> None:
         raise problem(f"template {prompt.template!r} with state {prompt.state_names}", "{state} in the template if, and "
                       "only if, state names are given", "correct `prompt`")  # fmt: skip
     if not len(prompt.state_names) == len(prompt.state_low) == len(prompt.state_high):
-        raise problem("state names and bounds of different lengths", "one low and one high per name", "correct `prompt`")
+        raise problem(
+            "state names and bounds of different lengths", "one low and one high per name", "correct `prompt`"
+        )
 
 
 def to_json(spec: PolicySpec) -> dict[str, Any]:
@@ -161,7 +166,9 @@ def read_spec(folder: Path) -> PolicySpec:
     """`folder/policy.json`. VlaError if it is missing, not JSON, or wrong in any field."""
     path = folder / FILE
     if not path.is_file():
-        raise problem(f"no {FILE} in {folder}", "a policy directory", "check the path, or train one with `vla finetune`")
+        raise problem(
+            f"no {FILE} in {folder}", "a policy directory", "check the path, or train one with `vla finetune`"
+        )
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
