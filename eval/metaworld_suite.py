@@ -9,6 +9,7 @@ Shadows and reflections are off: on a software renderer they cost four times the
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,6 +72,26 @@ def _metaworld() -> Any:
     return metaworld
 
 
+_RENDERERS: dict[tuple[str, int], Any] = {}
+
+
+def shared_renderer(task: str, size_px: int, model: Any) -> Any:
+    """This process's `mujoco.Renderer` for a task; any instance of the task can be drawn with it.
+
+    A renderer holds the task's meshes and textures (some 300 MB on a software renderer), which never change; what does
+    change is read from the instance's own model when the scene is updated.
+    """
+    if (task, size_px) not in _RENDERERS:
+        import mujoco
+
+        renderer = mujoco.Renderer(model, size_px, size_px)
+        for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+            renderer.scene.flags[flag] = False
+        atexit.register(renderer.close)  # left to the garbage collector, EGL complains on the way out
+        _RENDERERS[task, size_px] = renderer
+    return _RENDERERS[task, size_px]
+
+
 class MetaWorldEnv:
     """One Meta-World task. See `vla.types.Env`."""
 
@@ -89,7 +110,6 @@ class MetaWorldEnv:
         self._env.seeded_rand_vec = True
         self._env.max_path_length = task.max_steps + 1  # our own limit truncates first
         self._env.model.camera(CAMERA).pos[:] = CAMERA_POSITION_M
-        self._renderer: Any = None
         self._n_steps = 0
 
     def reset(self, *, seed: int, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
@@ -112,19 +132,17 @@ class MetaWorldEnv:
         return self._observation(raw), float(success), success, truncated, {"success": success}
 
     def close(self) -> None:
-        if self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
+        """Nothing to give back: renderers are shared and live as long as the process."""
 
     def frame(self) -> np.ndarray:
         """uint8 (image_size_px, image_size_px, 3), upright."""
         mujoco, model, data = self._mujoco, self._env.model, self._env.data
-        if self._renderer is None:
-            self._renderer = mujoco.Renderer(model, self.image_size_px, self.image_size_px)
-            for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
-                self._renderer.scene.flags[flag] = False
-        self._renderer.update_scene(data, CAMERA)
-        return np.ascontiguousarray(self._renderer.render()[::-1, ::-1])
+        renderer = shared_renderer(self.task.name, self.image_size_px, model)
+        camera = mujoco.MjvCamera()
+        camera.fixedcamid, camera.type = model.camera(CAMERA).id, mujoco.mjtCamera.mjCAMERA_FIXED
+        everything = mujoco.mjtCatBit.mjCAT_ALL
+        mujoco.mjv_updateScene(model, data, mujoco.MjvOption(), None, camera, everything, renderer.scene)
+        return np.ascontiguousarray(renderer.render()[::-1, ::-1])
 
     def _observation(self, raw: np.ndarray) -> Observation:
         images = {CAMERA: self.frame()} if self.render_frames else {}
