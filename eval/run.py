@@ -33,6 +33,7 @@ from vla.eval.video import write_video
 from vla.files import append_jsonl, write_json
 from vla.progress import Progress
 from vla.rollout import run_episodes
+from vla.threads import leave_cores_to
 from vla.types import EpisodeRequest, EpisodeResult, Policy, Suite, problem
 from vla.workers import Deadlines
 
@@ -70,7 +71,7 @@ class Settings:
     """In which precision a policy directory is loaded."""
     workers: int = 2
     """Simulator processes; 0 runs the simulator in this process. Does not change results."""
-    slots: int = 4
+    slots: int = 16
     """Environments per process. Does not change results."""
     videos_per_task: int = 2
     """The first so many episodes of each task are filmed."""
@@ -128,7 +129,8 @@ def run(settings: Settings, *, policy: Policy | None = None, suite: Suite | None
     identity = _identity(settings, suite, metadata)
     _claim(settings.out, identity)
     rows = {key: row for key, row in read_rows(settings.out).items() if row.fault is None}  # faults get another chance
-    _run_missing(settings, policy, suite, rows, metadata)
+    with leave_cores_to(settings.workers):
+        _run_missing(settings, policy, suite, rows, metadata)
     result = _result(settings, suite, rows, metadata, started)
     write_json(settings.out / RESULT_FILE, to_json(result))
     write_report(result)

@@ -37,6 +37,7 @@ from vla.finetune.sft import cut_metrics, open_run
 from vla.policy import LocalPolicy, load_policy
 from vla.progress import Progress
 from vla.rollout import run_episodes
+from vla.threads import leave_cores_to
 from vla.types import EpisodeRequest, EpisodeResult, Observation, Suite, problem
 from vla.worker_pool import WorkerPool
 
@@ -93,7 +94,7 @@ class Settings:
     """Gradient norm limit."""
     workers: int = 2
     """Simulator processes; 0 runs the simulator in this one."""
-    slots: int = 8
+    slots: int = 16
     """Environments per process; the policy sees batches of up to workers x slots."""
     max_fault_share: float = 0.2
     """Stop if more than this share of the episodes of an iteration fail in the simulator."""
@@ -125,7 +126,7 @@ class Settings:
 
 PRESETS = {
     # make demo's recipe, minutes on 2 CPU cores.
-    "tiny-demo": Settings(policy=Path("runs/sft/policy"), out=Path("runs/rl")),
+    "tiny-demo": Settings(policy=Path("runs/sft/policy"), out=Path("runs/rl"), groups=6, max_groups=8, lr=5e-4),
     # The paper's OpenVLA-OFT numbers: 24 groups x 8, clip 0.1, one epoch, LoRA 1e-4.
     "ript": Settings(
         policy=Path("runs/sft/policy"), out=Path("runs/rl"), groups=24, max_groups=96, clip_low=0.1, clip_high=0.1,
@@ -208,7 +209,8 @@ class Trainer:
     def iterate(self) -> dict[str, Any]:
         """Roll out, reject, update; one row of metrics."""
         started = time.monotonic()
-        sampler, groups = self.collect()
+        with leave_cores_to(self.settings.workers):
+            sampler, groups = self.collect()
         rolled = time.monotonic()
         queries = training_queries([group for name, group in groups.items() if name in sampler.accepted])
         episodes = [result for group in groups.values() for result in group]

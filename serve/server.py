@@ -48,6 +48,8 @@ class Settings:
     """0 is greedy; above, each query's `key` decides the draw."""
     api_key_env: str | None = None
     """Environment variable that holds the API key; None serves everyone who can reach the port."""
+    threads: int = 0
+    """CPU threads the model computes with; 0: torch's own choice."""
     max_batch: int = 16
     """Observations per model call; concurrent requests share a call."""
     batch_window_ms: float = 3.0
@@ -124,10 +126,14 @@ def serve(app: FastAPI, listener: socket.socket, stop_with_stdin: bool = False) 
 
 
 def _load_app(settings: Settings, api_key: str | None) -> FastAPI:
-    from vla.policy import load_policy  # imports torch
+    import torch  # slow: the port and the settings are checked first
+
+    from vla.policy import load_policy
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     print(f"loading {settings.policy} ...", flush=True)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
     policy = load_policy(
         settings.policy, device=settings.device, dtype=settings.dtype, quantization=settings.quantization,
         unnorm_key=settings.unnorm_key, temperature=settings.temperature,

@@ -75,7 +75,15 @@ def wrong_camera(folder):
 
 def wrong_action_size(folder):
     edit(folder / "run" / "policy" / "policy.json", lambda v: v["action"].update(names=["a", "b", "c"]))
-    arguments = ["eval", "--policy", str(folder / "run" / "policy"), "--out", str(folder / "new"), "--suite", "metaworld"]
+    arguments = [
+        "eval",
+        "--policy",
+        str(folder / "run" / "policy"),
+        "--out",
+        str(folder / "new"),
+        "--suite",
+        "metaworld",
+    ]
     return arguments, ["2 dimensions", "3, the policy's action size"]
 
 

@@ -28,6 +28,8 @@ def spawn_surroundings(suite: Suite) -> Iterator[None]:
     script that has no `if __name__ == "__main__"`. Only a suite that is defined in the main module needs it.
     """
     wanted = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    # Mesa's software renderer: in its own thread only, or it takes the policy's cores. Hardware drivers ignore it.
+    wanted["LP_NUM_THREADS"] = os.environ.get("LP_NUM_THREADS", "0")
     wanted["MUJOCO_GL"] = os.environ.get("MUJOCO_GL", "egl")
     before = {name: os.environ.get(name) for name in wanted}
     main = sys.modules["__main__"]
