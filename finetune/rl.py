@@ -126,7 +126,7 @@ class Settings:
 
 PRESETS = {
     # make demo's recipe, minutes on 2 CPU cores.
-    "tiny-demo": Settings(policy=Path("runs/sft/policy"), out=Path("runs/rl"), groups=6, max_groups=8, lr=5e-4),
+    "tiny-demo": Settings(policy=Path("runs/sft/policy"), out=Path("runs/rl"), groups=12, max_groups=16, lr=5e-4),
     # The paper's OpenVLA-OFT numbers: 24 groups x 8, clip 0.1, one epoch, LoRA 1e-4.
     "ript": Settings(
         policy=Path("runs/sft/policy"), out=Path("runs/rl"), groups=24, max_groups=96, clip_low=0.1, clip_high=0.1,
