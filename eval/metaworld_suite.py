@@ -182,7 +182,7 @@ class MetaWorldExpert:
 class MetaWorldSuite:
     """See `vla.types.Suite`."""
 
-    task_names: tuple[str, ...] = ("faucet-open", "faucet-close", "drawer-close", "window-open")
+    task_names: tuple[str, ...] = ("faucet-open", "faucet-close", "button-press", "plate-slide")
     name: str = "metaworld"
     image_size_px: int = 160
     max_steps: int = MAX_STEPS

@@ -27,7 +27,8 @@ def plot_curves(metrics: Path, out: Path, panels: Sequence[Sequence[str]], x: st
                 axis.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 40 else "")
         axis.set_xlabel(x)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        if axis.has_data():
+            axis.legend(fontsize=8)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
     pyplot.close(figure)

@@ -26,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from vla.adapters import AddedInit, PlacementKind, parameter_counts
 from vla.files import append_jsonl, read_jsonl, write_json, write_text
@@ -152,6 +153,7 @@ PRESETS = {
 def run(settings: Settings) -> Path:
     """Train, and return the policy directory."""
     dataset, statistics = _open_data(settings)
+    AcceleratorState._reset_state()  # else a second run in one process could not choose another precision
     accelerator = Accelerator(
         mixed_precision="bf16" if settings.precision == "bf16" else "no", cpu=_device(settings) == "cpu"
     )

@@ -264,8 +264,9 @@ def test_workers_end_with_the_parent_and_main_is_not_imported_again(tmp_path: Pa
     env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script)]
     process = subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore Ctrl-C
+    )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == "main module runs\n"
     pids = [int(word) for word in process.stdout.readline().split()]

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from PIL import Image
+from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from vla.decoding import ActionSampler, gumbel_noise
@@ -66,7 +67,9 @@ def load_backbone(
     if "quantization_config" not in options:
         model = cast(Any, model).to(device)
         if device == "cpu":  # convolutions run 1.5 times as fast; values differ by rounding only
-            model = model.to(memory_format=torch.channels_last)
+            for module in model.modules():
+                if isinstance(module, nn.Conv2d):
+                    module.to(memory_format=torch.channels_last)
     return Backbone(model.eval(), processor)
 
 

@@ -48,51 +48,51 @@ class Settings:
     """Pretrain the built-in VLM (about an hour on two cores)."""
 
     data_dir: Path = Path("runs/tiny-data")
-    # Where the rendered pictures are, or go.
+    """Where the rendered pictures are, or go."""
     out_dir: Path = Path("runs/tiny")
-    # Where checkpoints, metrics and `model/`, the exported VLM, go.
+    """Where checkpoints, metrics and `model/`, the exported VLM, go."""
     images: int = 26_000
-    # Pictures to train on.
+    """Pictures to train on."""
     heldout_images: int = 1000
-    # Pictures of other episodes for the figures.
+    """Pictures of other episodes for the figures."""
     processes: int = 2
-    # Processes that render.
+    """Processes that render."""
     steps: int = 3000
-    # Optimizer steps.
+    """Optimizer steps."""
     batch_size: int = 24
-    # Pictures per step.
+    """Pictures per step."""
     asked: int = 10
-    # How many of them the decoder is asked about; all go through the regression head. Seeing is the slower to learn.
+    """How many of them the decoder is asked about; all go through the regression head. Seeing is the slower to learn."""
     turns: int = 8
-    # Questions per picture that is asked about.
+    """Questions per picture that is asked about."""
     lr: float = 5e-4
-    # Of the decoder and the projector; constant after warm-up, then linear to 0 over the second half of the steps.
+    """Of the decoder and the projector; constant after warm-up, then linear to 0 over the second half of the steps."""
     vision_lr: float = 2e-4
-    # Of the CNN; half of it for the regression head, which has 6400 inputs and is the first to become noisy.
+    """Of the CNN; half of it for the regression head, which has 6400 inputs and is the first to become noisy."""
     warmup_steps: int = 100
-    # Linear warm-up.
+    """Linear warm-up."""
     vision_steps: int = 300
-    # First steps with the regression head alone, so that the decoder starts on useful features.
+    """First steps with the regression head alone, so that the decoder starts on useful features."""
     vision_weight: float = 1.0
-    # Weight of the regression head's loss.
+    """Weight of the regression head's loss."""
     smoothing: float = 1.5
-    # Standard deviation of a number's target, in numbers; 0 is plain cross-entropy.
+    """Standard deviation of a number's target, in numbers; 0 is plain cross-entropy."""
     bf16: bool = True
-    # Autocast; twice as fast where the processor has bfloat16 instructions.
+    """Autocast; twice as fast where the processor has bfloat16 instructions."""
     threads: int = 2
-    # torch threads.
+    """torch threads."""
     save_every_steps: int = 200
-    # Checkpoint and export.
+    """Checkpoint and export."""
     eval_images: int = 20
-    # Held-out pictures asked every kind of question at each save; 0 asks none.
+    """Held-out pictures asked every kind of question at each save; 0 asks none."""
     final_eval_images: int = 300
-    # The same, at the end.
+    """The same, at the end."""
     seed: int = 0
-    # Of the starting weights and the order of pictures and questions.
+    """Of the starting weights and the order of pictures and questions."""
     resume: bool = False
-    # Continue from the last checkpoint in out_dir.
+    """Continue from the last checkpoint in out_dir."""
     dry_run: bool = False
-    # Print the settings, then stop.
+    """Print the settings, then stop."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.asked <= self.batch_size:
