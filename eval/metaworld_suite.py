@@ -74,6 +74,12 @@ def _metaworld() -> Any:
     return metaworld
 
 
+def _mujoco() -> Any:
+    import mujoco  # its types leave out most of what it has
+
+    return mujoco
+
+
 _RENDERERS: dict[tuple[str, int], Any] = {}
 
 
@@ -84,8 +90,7 @@ def shared_renderer(task: str, size_px: int, model: Any) -> Any:
     change is read from the instance's own model when the scene is updated.
     """
     if (task, size_px) not in _RENDERERS:
-        import mujoco
-
+        mujoco = _mujoco()
         renderer = mujoco.Renderer(model, size_px, size_px)
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
             renderer.scene.flags[flag] = False
@@ -99,9 +104,7 @@ class MetaWorldEnv:
 
     def __init__(self, task: Task, image_size_px: int, action_repeat: int) -> None:
         metaworld = _metaworld()
-        import mujoco
-
-        self._mujoco: Any = mujoco
+        self._mujoco = _mujoco()
         self.task = task
         self.action_repeat = action_repeat
         self.image_size_px = image_size_px

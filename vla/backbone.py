@@ -69,7 +69,7 @@ def load_backbone(
         if device == "cpu":  # convolutions run 1.5 times as fast; values differ by rounding only
             for module in model.modules():
                 if isinstance(module, nn.Conv2d):
-                    module.to(memory_format=torch.channels_last)
+                    cast(Any, module).to(memory_format=torch.channels_last)
     return Backbone(model.eval(), processor)
 
 

@@ -21,8 +21,8 @@ from typing import Any, Literal
 
 from vla.demo_report import write_demo_report
 from vla.eval import run as evaluation
+from vla.eval.metaworld_suite import MetaWorldSuite
 from vla.eval.results import EvalResult
-from vla.eval.suites import get_suite
 from vla.files import append_jsonl, read_jsonl, write_json
 from vla.finetune import collect, rl, sft
 from vla.merge import Settings as MergeSettings
@@ -86,7 +86,6 @@ def run(settings: Settings) -> Path:
         print(f"vla demo would write {settings.out}:")
         for stage in stages:
             print(f"  {stage.name:<34} about {stage.share:.0%} of the time")
-        get_suite("metaworld", settings.tasks)
         return settings.out / "report.html"
     _claim(settings)
     started, left = time.monotonic(), sum(stage.share for stage in stages)
@@ -109,7 +108,7 @@ def run(settings: Settings) -> Path:
 def make_stages(settings: Settings) -> list[Stage]:
     """The stages in order; each one returns at once if it is done."""
     out = settings.out
-    suite = dataclasses.replace(get_suite("metaworld", settings.tasks), max_steps=settings.max_steps)
+    suite = MetaWorldSuite(settings.tasks, max_steps=settings.max_steps)
     sft_policy, rl_policy, merged = out / "sft" / "policy", out / "rl" / "policy", out / "merged"
 
     def demonstrations() -> None:

