@@ -48,7 +48,7 @@ class Settings:
     """Control steps per episode; the experts need 17 to 26."""
     sft_steps: int = 150
     """Optimiser steps of supervised fine-tuning."""
-    rl_iterations: int = 14
+    rl_iterations: int = 18
     """Rollout-and-update rounds of RL."""
     eval_episodes_per_task: int = 25
     """Episodes per task in each of the three evaluations, on the same seeds."""
