@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from vla.files import read_jsonl
 
@@ -32,8 +31,3 @@ def plot_curves(metrics: Path, out: Path, panels: Sequence[Sequence[str]], x: st
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
     pyplot.close(figure)
-
-
-def last(metrics: Path, name: str) -> Any:
-    """The newest value of a metric; None if there is none."""
-    return next((row[name] for row in reversed(read_jsonl(metrics)) if row.get(name) is not None), None)

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
-import shutil
 import signal
 import time
 from collections.abc import Sequence
@@ -29,11 +27,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from vla.adapters import AddedInit, PlacementKind, parameter_counts
-from vla.files import append_jsonl, read_jsonl, write_json, write_text
+from vla.files import append_jsonl
 from vla.finetune.checkpoint import load_checkpoint, save_checkpoint, trainable
 from vla.finetune.chunks import ChunkDataset, Sample
 from vla.finetune.curves import plot_curves
 from vla.finetune.lerobot_reader import LeRobotReader
+from vla.finetune.run_folder import cut_metrics, open_run
 from vla.finetune.statistics import dataset_statistics
 from vla.policy import LocalPolicy, create_policy
 from vla.progress import Progress
@@ -176,30 +175,6 @@ def run(settings: Settings) -> Path:
         )  # fmt: skip
     accelerator.wait_for_everyone()
     return target
-
-
-def open_run(out: Path, settings: Any) -> None:
-    """Claim a run folder: a new one, or the same run again with `resume`. Writes settings.json.
-
-    Raises:
-        VlaError: the folder holds a run and neither `resume` nor `overwrite` was given, or it is another run.
-    """
-    path = out / "settings.json"
-    volatile = ("resume", "overwrite", "dry_run")
-    mine = {
-        k: v for k, v in json.loads(json.dumps(dataclasses.asdict(settings), default=str)).items() if k not in volatile
-    }
-    if settings.overwrite:
-        shutil.rmtree(out, ignore_errors=True)
-    if path.exists():
-        if not settings.resume:
-            raise problem(f"a run in {out}", "an empty folder", "pass --resume to continue it, or --overwrite")
-        theirs = json.loads(path.read_text())
-        changed = [name for name in mine if mine[name] != theirs.get(name)]
-        if changed:
-            shown = ", ".join(f"{n} {theirs.get(n)!r} -> {mine[n]!r}" for n in changed)
-            raise problem(f"other settings than {path}: {shown}", "the same run", "use its settings, or another --out")
-    write_json(path, mine)
 
 
 class Loop:
@@ -423,10 +398,3 @@ def _describe(settings: Settings, dataset: ChunkDataset, policy: LocalPolicy) ->
     print("prompt:", policy.backbone.processor.tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True))
     print("action ids:", ids[0].tolist())
     print("decoded:", policy.normalizer.unnormalize(policy.codec.decode(ids.numpy())[0])[0].round(3).tolist())
-
-
-def cut_metrics(metrics: Path, step: int, counter: str = "step") -> None:
-    """Drop rows newer than the checkpoint that is resumed, so that nothing is logged twice."""
-    if metrics.exists():
-        rows = [row for row in read_jsonl(metrics) if row[counter] <= step]
-        write_text(metrics, "".join(json.dumps(row) + "\n" for row in rows))

@@ -1,0 +1,43 @@
+"""A training run's folder: whose it is, and metrics that fit its checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from vla.files import read_jsonl, write_json, write_text
+from vla.types import problem
+
+
+def open_run(out: Path, settings: Any) -> None:
+    """Claim a run folder: a new one, or the same run again with `resume`. Writes settings.json.
+
+    Raises:
+        VlaError: the folder holds a run and neither `resume` nor `overwrite` was given, or it is another run.
+    """
+    path = out / "settings.json"
+    volatile = ("resume", "overwrite", "dry_run")
+    mine = {
+        k: v for k, v in json.loads(json.dumps(dataclasses.asdict(settings), default=str)).items() if k not in volatile
+    }
+    if settings.overwrite:
+        shutil.rmtree(out, ignore_errors=True)
+    if path.exists():
+        if not settings.resume:
+            raise problem(f"a run in {out}", "an empty folder", "pass --resume to continue it, or --overwrite")
+        theirs = json.loads(path.read_text())
+        changed = [name for name in mine if mine[name] != theirs.get(name)]
+        if changed:
+            shown = ", ".join(f"{n} {theirs.get(n)!r} -> {mine[n]!r}" for n in changed)
+            raise problem(f"other settings than {path}: {shown}", "the same run", "use its settings, or another --out")
+    write_json(path, mine)
+
+
+def cut_metrics(metrics: Path, step: int, counter: str = "step") -> None:
+    """Drop rows newer than the checkpoint that is resumed, so that nothing is logged twice."""
+    if metrics.exists():
+        rows = [row for row in read_jsonl(metrics) if row[counter] <= step]
+        write_text(metrics, "".join(json.dumps(row) + "\n" for row in rows))
