@@ -136,7 +136,7 @@ class Settings:
 PRESETS = {
     # make demo's recipe: built-in VLM, a few demonstrations per Meta-World task; minutes on 2 CPU cores.
     "tiny-demo": Settings(
-        data=(), out=Path("runs/sft"), horizon=5, added_init="numbers", lora_r=16, lora_alpha=32, lr=3e-3, batch_size=16,
+        data=(), out=Path("runs/sft"), horizon=3, added_init="numbers", lora_r=16, lora_alpha=32, lr=3e-3, batch_size=16,
         steps=300, warmup_steps=20, loss_over="actions", state_low=(-0.5, 0.35, 0.0, 0.0), state_high=(0.5, 1.0, 0.5, 1.0),
         gripper_convention="+1 closes, -1 opens",
     ),

@@ -242,6 +242,16 @@ def test_users_mistakes_are_not_faults() -> None:
         list(run_episodes(NoisyPolicy(), wrong, requests(), n_workers=0))
 
 
+def test_a_policy_learned_at_another_rate_is_refused() -> None:
+    class At(NoisyPolicy):
+        metadata = {"name": "at", "horizon": 5, "action_dim": 2, "control_hz": 20.0}
+
+    with pytest.raises(VlaError, match="trained on data at 20 Hz; expected 10 Hz, the rate of"):
+        list(run_episodes(At(), FakeSuite(), requests(), n_workers=0))
+    At.metadata = {**At.metadata, "control_hz": 10.4}  # a dataset's whole number for a suite's fraction
+    assert list(run_episodes(At(), FakeSuite(), requests(1), n_workers=0))
+
+
 SCRIPT = """
 import itertools, sys
 from vla.rollout import run_episodes

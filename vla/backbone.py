@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from vla.decoding import ActionSampler, gumbel_noise
+from vla.fold_norms import fold_frozen_norms
 from vla.types import VlaError, problem
 
 TINY = "tiny"
@@ -70,6 +71,7 @@ def load_backbone(
             for module in model.modules():
                 if isinstance(module, nn.Conv2d):
                     cast(Any, module).to(memory_format=torch.channels_last)
+        fold_frozen_norms(model)
     return Backbone(model.eval(), processor)
 
 

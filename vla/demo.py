@@ -44,11 +44,11 @@ class Settings:
     """Meta-World tasks."""
     demos_per_task: int = 5
     """Expert demonstrations of each task."""
-    max_steps: int = 35
-    """Control steps per episode; the experts need 17 to 26."""
+    max_steps: int = 20
+    """Control steps per episode; the experts need 9 to 13."""
     sft_steps: int = 150
     """Optimiser steps of supervised fine-tuning."""
-    rl_iterations: int = 18
+    rl_iterations: int = 16
     """Rollout-and-update rounds of RL."""
     eval_episodes_per_task: int = 25
     """Episodes per task in each of the three evaluations, on the same seeds."""

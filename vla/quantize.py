@@ -51,7 +51,7 @@ def quantize_loaded(model: Any, done: str) -> Any:
         return model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8, inplace=True)
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -102,7 +102,7 @@ def run_episodes(
         pool: workers to use and leave running; overrides `n_workers`, `slots_per_worker`, `deadlines`.
 
     Raises:
-        VlaError: unknown task, wrong action shape, `n_execute` beyond the horizon, too many faults.
+        VlaError: unknown task, wrong action shape or control rate, `n_execute` beyond the horizon, too many faults.
     """
     if n_execute is not None and n_execute < 1:
         raise problem(f"n_execute={n_execute}", "at least 1", "leave it out to execute whole chunks")
@@ -114,6 +114,7 @@ def run_episodes(
         return keep_frames(request) if callable(keep_frames) else keep_frames
 
     def results() -> Generator[EpisodeResult, None, None]:
+        check_control_rate(policy, suite)
         own = pool or WorkerPool(suite, n_workers, slots_per_worker, deadlines=deadlines)
         try:
             engine = _Engine(policy, own, iter(requests), stats or RolloutStats())
@@ -142,6 +143,18 @@ def run_episodes(
             own.abandon() if own is pool else own.close()
 
     return results()
+
+
+def check_control_rate(policy: Policy, suite: Suite) -> None:
+    """A policy's deltas belong to the rate of its data: at half the rate the robot goes half as far, without a word.
+
+    Raises:
+        VlaError: both rates are known and more than half a hertz apart (a dataset's is a whole number).
+    """
+    learned = float(policy.metadata.get("control_hz") or 0.0)
+    if learned and suite.control_hz and abs(learned - suite.control_hz) > 0.5:
+        raise problem(f"a policy trained on data at {learned:g} Hz", f"{suite.control_hz:.3g} Hz, the rate of {suite.name}",
+                      "collect data from this suite, or set the suite's rate to the policy's")  # fmt: skip
 
 
 class _Engine:
