@@ -1,6 +1,6 @@
 # `make demo` and `make test` each work alone on a machine that has Python 3.11 or newer and make.
 #
-#   make demo    the whole pipeline on a simulator, about 15 minutes on two CPU cores; report in runs/demo/report.html
+#   make demo    the whole pipeline on a simulator, about 10 minutes on two CPU cores; report in runs/demo/report.html
 #   make test    the quick tests
 #   make lint types wheel clean
 #
