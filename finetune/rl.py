@@ -75,7 +75,10 @@ class Settings:
     n_execute: int | None = None
     """Actions of a chunk executed before the policy is asked again; default: all."""
     lr: float = 1e-4
-    """Learning rate, constant."""
+    """Learning rate; constant after the warm-up."""
+    warmup_updates: int = 0
+    """Optimiser steps over which the rate rises linearly to `lr`. A fresh Adam steps by the whole rate in every
+    coordinate, however noisy the gradient is (Ma and Yarats, arXiv 1910.04209)."""
     updates: int = 4
     """Optimiser steps per iteration: the accepted episodes are split into so many mini-batches."""
     epochs: int = 1
@@ -126,7 +129,10 @@ class Settings:
 
 PRESETS = {
     # make demo's recipe, minutes on 2 CPU cores.
-    "tiny-demo": Settings(policy=Path("runs/sft/policy"), out=Path("runs/rl"), groups=12, max_groups=16, lr=5e-4),
+    "tiny-demo": Settings(
+        policy=Path("runs/sft/policy"), out=Path("runs/rl"), groups=12, max_groups=16, lr=5e-4, warmup_updates=4,
+        temperature=0.7,
+    ),
     # The paper's OpenVLA-OFT numbers: 24 groups x 8, clip 0.1, one epoch, LoRA 1e-4.
     "ript": Settings(
         policy=Path("runs/sft/policy"), out=Path("runs/rl"), groups=24, max_groups=96, clip_low=0.1, clip_high=0.1,
@@ -184,6 +190,7 @@ class Trainer:
         self.checkpoints, self.metrics = settings.out / "checkpoints", settings.out / "metrics.jsonl"
         state = load_checkpoint(self.checkpoints, policy.backbone.model, self.optimizer) if settings.resume else None
         self.iteration = state["step"] if state else 0
+        self.n_updates = state["n_updates"] if state else 0
         self.memory = SkipMemory.load(state["memory"]) if state else SkipMemory(settings.skip_solved)
         self.passed_over: dict[str, list[str]] = {}
         """Group -> the solved initial states that were skipped to choose its own."""
@@ -199,7 +206,7 @@ class Trainer:
                 append_jsonl(self.metrics, row)
                 due = self.iteration % settings.save_every == 0 or self.iteration == settings.iterations
                 if due or self._stop:
-                    state = {"memory": self.memory.save()}
+                    state = {"memory": self.memory.save(), "n_updates": self.n_updates}
                     save_checkpoint(self.checkpoints, self.iteration, self.policy.backbone.model, self.optimizer, state)
                 progress.advance(1, f"success {row['success']:.2f}  groups kept {row['kept']}/{row['generated']}")
                 if self._stop:
@@ -293,12 +300,20 @@ class Trainer:
                     entropies.append(entropy)
                 parameters = [p for _, p in trainable(self.policy.backbone.model)]
                 norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)))
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.lr()
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
+                self.n_updates += 1
         return {
             **mean_metrics(parts), "loss": sum(p["loss"] for p in parts) / max(1, len(norms)), "entropy": float(np.mean(entropies)),
-            "grad_norm": float(np.mean(norms)), "optimizer_steps": len(norms), "first_log_ratio_max": drift, "lr": settings.lr,
+            "grad_norm": float(np.mean(norms)), "optimizer_steps": len(norms), "first_log_ratio_max": drift, "lr": self.optimizer.param_groups[0]["lr"],
         }  # fmt: skip
+
+    def lr(self) -> float:
+        """The rate of the next optimiser step."""
+        warmup = self.settings.warmup_updates
+        return self.settings.lr * (min(1.0, (self.n_updates + 1) / warmup) if warmup else 1.0)
 
     def _mini_batches(self, queries: Sequence[TrainingQuery], epoch: int) -> Iterator[list[TrainingQuery]]:
         """Episodes shuffled by (seed, iteration, epoch) and dealt into `updates` mini-batches."""

@@ -34,7 +34,7 @@ def folder(tmp_path_factory) -> Path:
 def settings(folder: Path, **changes) -> rl.Settings:
     base = rl.Settings(
         policy=folder / "sft" / "policy", out=folder / "run", iterations=2, groups=2, group_size=4, max_groups=6,
-        updates=2, workers=0, slots=8, micro_batch=8, device="cpu", lr=1e-3,
+        updates=2, workers=0, slots=8, micro_batch=8, device="cpu", lr=1e-3, warmup_updates=3,
     )  # fmt: skip
     return dataclasses.replace(base, **changes)
 
@@ -57,6 +57,7 @@ def test_metrics_and_result(folder, straight):
         assert row["kept"] > 0, "choose a task of middling difficulty, or the test proves nothing"
         assert row["first_log_ratio_max"] < 1e-3, "rollout and update agree on the log-probabilities"
         assert row["optimizer_steps"] == 2 and row["entropy"] > 0
+    assert [row["lr"] for row in rows] == pytest.approx([1e-3 * 2 / 3, 1e-3]), "after 2 and 4 updates, warm-up over 3"
     assert adapter_hash(straight) != adapter_hash(folder / "sft" / "policy")
     loaded = load_policy(straight)
     assert [entry["stage"] for entry in loaded.spec.provenance] == ["finetune", "rl"]
