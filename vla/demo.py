@@ -159,13 +159,13 @@ def make_stages(settings: Settings) -> list[Stage]:
         write_demo_report(out, dataclasses.asdict(settings))
 
     return [
-        Stage("expert demonstrations", demonstrations, 0.05),
-        Stage("LoRA fine-tuning", fine_tune, 0.20),
-        Stage("evaluate after SFT", lambda: evaluate(sft_policy, "eval-sft"), 0.08),
-        Stage("RL from sparse success", reinforce, 0.45),
-        Stage("evaluate after RL", lambda: evaluate(rl_policy, "eval-rl"), 0.08),
+        Stage("expert demonstrations", demonstrations, 0.03),
+        Stage("LoRA fine-tuning", fine_tune, 0.07),
+        Stage("evaluate after SFT", lambda: evaluate(sft_policy, "eval-sft"), 0.04),
+        Stage("RL from sparse success", reinforce, 0.74),
+        Stage("evaluate after RL", lambda: evaluate(rl_policy, "eval-rl"), 0.03),
         Stage("merge the adapter", merge_adapter, 0.01),
-        Stage("serve quantized, evaluate over HTTP", serve_and_evaluate, 0.12),
+        Stage("serve quantized, evaluate over HTTP", serve_and_evaluate, 0.07),
         Stage("report", report, 0.01),
     ]
 
