@@ -40,7 +40,7 @@ tr.total td { font-weight: 600; border-top: 2px solid var(--line); }
 .cards span { display: block; color: var(--soft); font-size: .85rem; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); gap: 14px; }
 figure { margin: 0; }
-video { width: 100%; border-radius: 6px; display: block; background: #000; }
+video, img { width: 100%; border-radius: 6px; display: block; background: #000; }
 .good { color: var(--good); } .bad { color: var(--bad); }
 svg { display: block; width: 100%; max-width: 640px; height: auto; font: 12px system-ui, sans-serif; }
 svg text { fill: var(--soft); } svg text.ink { fill: var(--ink); }
@@ -108,12 +108,23 @@ def details(summary: str, *parts: object) -> Html:
     return Html(f"<details><summary>{escaped(summary)}</summary>{''.join(escaped(part) for part in parts)}</details>")
 
 
-def video_tag(mp4: bytes, caption: object, success: bool | None = None) -> Html:
-    """An embedded video; `success` adds the word in its colour."""
+def video_tag(mp4: bytes, caption: object, outcome: bool | str | None = None) -> Html:
+    """An embedded video; `outcome` (True, False, or a word other than "success" for what went wrong) in its colour."""
     source = "data:video/mp4;base64," + base64.b64encode(mp4).decode()
-    word = {True: ' <span class="good">success</span>', False: ' <span class="bad">failure</span>', None: ""}[success]
+    if isinstance(outcome, bool):
+        outcome = "success" if outcome else "failure"
+    colour = "good" if outcome == "success" else "bad"
+    word = "" if outcome is None else f' <span class="{colour}">{escaped(outcome)}</span>'
     player = f'<video src="{source}" controls muted loop playsinline preload="metadata"></video>'
     return Html(f"<figure>{player}<figcaption>{escaped(caption)}{word}</figcaption></figure>")
+
+
+def picture_tag(jpeg: bytes, caption: object, outcome: str) -> Html:
+    """An embedded picture of an episode that did not succeed."""
+    source = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
+    word = f'<span class="bad">{escaped(outcome)}</span>'
+    image = f'<img src="{source}" alt="last frame of {escaped(caption)}">'
+    return Html(f"<figure>{image}<figcaption>{escaped(caption)} {word}</figcaption></figure>")
 
 
 def gallery(figures: Sequence[Html]) -> Html:
@@ -127,6 +138,13 @@ def percent(value: float, digits: int = 0) -> str:
 def percent_interval(interval: Interval) -> str:
     """`70% [48, 85]`."""
     return f"{percent(interval.estimate)} [{100 * interval.low:.0f}, {100 * interval.high:.0f}]"
+
+
+def signed_interval(interval: Interval) -> str:
+    """`+12 [-3, +27]`, in percentage points."""
+    if math.isnan(interval.estimate):
+        return "–"
+    return f"{100 * interval.estimate:+.0f} [{100 * interval.low:+.0f}, {100 * interval.high:+.0f}]"
 
 
 def legend(names: Sequence[str]) -> Html:

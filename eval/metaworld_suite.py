@@ -21,42 +21,15 @@ from typing import Any
 
 import numpy as np
 
+from vla.eval.metaworld_tasks import INSTRUCTIONS
 from vla.types import ActionChunk, Observation, Policy, Task, VlaError, problem
 
 CAMERA = "corner2"
 CAMERA_POSITION_M = (0.75, 0.075, 0.7)
 MAX_STEPS = 40  # the experts need 7 to 30
-
-# One instruction per task, worded after the tasks' published descriptions.
-INSTRUCTIONS = {
-    "button-press-topdown": "press the button from the top",
-    "button-press": "press the button",
-    "coffee-button": "push the button on the coffee machine",
-    "dial-turn": "rotate the dial",
-    "door-close": "close the door",
-    "door-lock": "lock the door",
-    "door-open": "open the door",
-    "door-unlock": "unlock the door",
-    "drawer-close": "close the drawer",
-    "drawer-open": "open the drawer",
-    "faucet-close": "turn the faucet clockwise",
-    "faucet-open": "turn the faucet counter-clockwise",
-    "handle-press": "press the handle down",
-    "handle-press-side": "press the handle down sideways",
-    "handle-pull": "pull the handle up",
-    "lever-pull": "pull the lever up",
-    "peg-unplug-side": "unplug the peg sideways",
-    "pick-place": "pick up the puck and bring it to the goal",
-    "plate-slide": "slide the plate into the goal",
-    "plate-slide-back": "slide the plate back",
-    "plate-slide-side": "slide the plate sideways into the goal",
-    "push": "push the puck to the goal",
-    "reach": "reach the goal",
-    "soccer": "kick the ball into the goal",
-    "sweep-into": "sweep the puck into the hole",
-    "window-close": "close the window",
-    "window-open": "open the window",
-}
+# Of the benchmark's splits. Held for six simulator steps, its expert never pulls the lever; for three, it does.
+ACTION_REPEAT_ML = 3
+MAX_STEPS_ML = 500 // ACTION_REPEAT_ML  # Meta-World's own limit is 500 simulator steps
 
 
 def use_offscreen_gl() -> None:
@@ -84,31 +57,38 @@ def _mujoco() -> Any:
 _RENDERERS: dict[tuple[str, int], Any] = {}
 
 
-def shared_renderer(task: str, size_px: int, model: Any) -> Any:
+def shared_renderer(task: str, size_px: int, model: Any, max_renderers: int) -> Any:
     """This process's `mujoco.Renderer` for a task; any instance of the task can be drawn with it.
 
     A renderer holds the task's meshes and textures (some 300 MB on a software renderer), which never change; what does
-    change is read from the instance's own model when the scene is updated.
+    change is read from the instance's own model when the scene is updated. The last `max_renderers` are kept.
     """
-    if (task, size_px) not in _RENDERERS:
+    if (task, size_px) in _RENDERERS:
+        _RENDERERS[task, size_px] = _RENDERERS.pop((task, size_px))  # the latest last
+    else:
         mujoco = _mujoco()
         renderer = mujoco.Renderer(model, size_px, size_px)
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
             renderer.scene.flags[flag] = False
         atexit.register(renderer.close)  # left to the garbage collector, EGL complains on the way out
         _RENDERERS[task, size_px] = renderer
+        while len(_RENDERERS) > max_renderers:
+            oldest = _RENDERERS.pop(next(iter(_RENDERERS)))
+            atexit.unregister(oldest.close)
+            oldest.close()
     return _RENDERERS[task, size_px]
 
 
 class MetaWorldEnv:
     """One Meta-World task. See `vla.types.Env`."""
 
-    def __init__(self, task: Task, image_size_px: int, action_repeat: int) -> None:
+    def __init__(self, task: Task, image_size_px: int, action_repeat: int, max_renderers: int = 8) -> None:
         metaworld = _metaworld()
         self._mujoco = _mujoco()
         self.task = task
         self.action_repeat = action_repeat
         self.image_size_px = image_size_px
+        self.max_renderers = max_renderers
         self.render_frames = True
         classes = metaworld.env_dict.ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
         self._env = classes[f"{task.name}-v3-goal-observable"](seed=0)
@@ -150,7 +130,7 @@ class MetaWorldEnv:
     def frame(self) -> np.ndarray:
         """uint8 (image_size_px, image_size_px, 3), upright."""
         mujoco, model, data = self._mujoco, self._env.model, self._env.data
-        renderer = shared_renderer(self.task.name, self.image_size_px, model)
+        renderer = shared_renderer(self.task.name, self.image_size_px, model, self.max_renderers)
         camera = mujoco.MjvCamera()
         camera.fixedcamid, camera.type = model.camera(CAMERA).id, mujoco.mjtCamera.mjCAMERA_FIXED
         everything = mujoco.mjtCatBit.mjCAT_ALL
@@ -167,7 +147,7 @@ class MetaWorldExpert:
 
     def __init__(self, task: str) -> None:
         self._policy = _metaworld().policies.ENV_POLICY_MAP[f"{task}-v3"]()
-        self.metadata = {"name": f"expert/{task}", "horizon": 1, "action_dim": 4}
+        self.metadata = {"name": f"expert/{task}", "horizon": 1, "action_dim": 4, "reads_images": False}
 
     def act(self, observations: Sequence[Observation]) -> list[ActionChunk]:
         chunks = []
@@ -191,8 +171,12 @@ class MetaWorldSuite:
     image_size_px: int = 160
     max_steps: int = MAX_STEPS
     cameras: tuple[str, ...] = (CAMERA,)
+    frames_upside_down: bool = False
+    default_slots: int = 16
     action_repeat: int = 6
     """Simulator steps per action. One simulator step moves the hand by at most a centimetre in 12.5 ms."""
+    max_renderers: int = 8
+    """Tasks whose meshes a process keeps ready to draw, some 300 MB each on a software renderer."""
     action_names: tuple[str, ...] = ("dx", "dy", "dz", "gripper")
     state_names: tuple[str, ...] = ("hand_x_m", "hand_y_m", "hand_z_m", "gripper_opening")
 
@@ -213,7 +197,7 @@ class MetaWorldSuite:
         found = [t for t in self.tasks if t.name == task]
         if not found:
             raise problem(f"task {task!r}", f"one of {', '.join(self.task_names)}", "choose a task of this suite")
-        return MetaWorldEnv(found[0], self.image_size_px, self.action_repeat)
+        return MetaWorldEnv(found[0], self.image_size_px, self.action_repeat, self.max_renderers)
 
     def expert(self, task: str) -> Policy:
         return MetaWorldExpert(task)

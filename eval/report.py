@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 from vla.eval.html import (
@@ -16,15 +17,24 @@ from vla.eval.html import (
     page,
     percent,
     percent_interval,
+    picture_tag,
     section,
     table,
     video_tag,
 )
-from vla.eval.results import EvalResult, steps_curve
+from vla.eval.results import EpisodeRow, EvalResult, steps_curve
 from vla.files import write_text
 
 REPORT_FILE = "report.html"
 MAX_TASK_CURVES = 6
+MAX_PICTURES = 40
+MAX_VIDEOS = 60
+
+
+COUNTS_NOTE = (
+    "Success, failure (the simulator ended the episode), time-out (the step limit did) and undecodable (the model's output "
+    "was no action) add up to the trials. A fault is the simulator's, twice in a row, and counts as neither."
+)
 
 
 def write_report(result: EvalResult) -> Path:
@@ -43,7 +53,9 @@ def build_report(result: EvalResult) -> str:
         _summary(result),
         tasks_section(result),
         curves_section(result),
-        videos_section(result),
+        failures_section(result),
+        successes_section(result),
+        faults_section(result),
         _latency(result),
         provenance_section(result),
     )
@@ -70,14 +82,14 @@ def tasks_section(result: EvalResult) -> Html:
         {"success": [result.tally(name).interval for name in names]},
         x_label="success rate (whiskers: Wilson 95% interval)",
     )
-    headers = ("task", "success", "rate [95%]", "time-outs", "undecodable", "faults", "steps to success")
+    headers = ("task", "success", "rate [95%]", "failures", "time-outs", "undecodable", "faults", "steps to success")
     rows = []
     for name in [*names, None]:
         tally = result.tally(name)
         cells = (name or "all", f"{tally.successes} / {tally.trials}", percent_interval(tally.interval))
         steps = f"{tally.mean_steps_to_success:.0f}" if tally.successes else "–"
-        rows.append((*cells, tally.timeouts, tally.undecodable, tally.faults, steps))
-    return section("Success by task", chart, table(headers, rows, last_is_total=True))
+        rows.append((*cells, tally.failures, tally.timeouts, tally.undecodable, tally.faults, steps))
+    return section("Success by task", chart, table(headers, rows, last_is_total=True), note=COUNTS_NOTE)
 
 
 def curves_section(result: EvalResult) -> Html:
@@ -94,18 +106,59 @@ def curves_section(result: EvalResult) -> Html:
     return section("How fast", chart)
 
 
-def videos_section(result: EvalResult) -> Html:
-    """The filmed episodes, embedded."""
-    figures = [
-        video_tag(
-            (result.out / row.video).read_bytes(), f"{row.task} · seed {row.seed} · {row.n_steps} steps ·", row.success
-        )
-        for row in result.rows
-        if row.video is not None and (result.out / row.video).exists()
-    ]
+def failures_section(result: EvalResult) -> Html:
+    """What went wrong, to be looked at: films first, then the last frames of the failures that were not filmed."""
+    failed = [row for row in result.rows if row.fault is None and not row.success]
+    figures = [_video(result, row) for row in failed if _has(result, row.video)][:MAX_VIDEOS]
+    pictured = [row for row in failed if _has(result, row.last_frame)]
+    figures += [_picture(result, row) for row in _task_by_task(pictured)[:MAX_PICTURES]]
     if not figures:
         return Html("")
-    return section("Roll-outs", gallery(figures), note="The first episodes of each task, not chosen by their outcome.")
+    note = f"{len(figures)} of {len(failed)}; a still is the last frame that the policy saw."
+    return section("Failures", gallery(figures), note=note)
+
+
+def successes_section(result: EvalResult) -> Html:
+    """The filmed successes."""
+    filmed = [row for row in result.rows if row.fault is None and row.success and _has(result, row.video)]
+    if not filmed:
+        return Html("")
+    figures = [_video(result, row) for row in _task_by_task(filmed)[:MAX_VIDEOS]]
+    return section(
+        "Successes", gallery(figures), note="Filmed are the first episodes of each task, whatever their outcome."
+    )
+
+
+def faults_section(result: EvalResult) -> Html:
+    """Which episodes the simulator spoiled, and how."""
+    rows = [(row.task, row.seed, row.fault) for row in result.rows if row.fault is not None]
+    return section("Simulator faults", table(("task", "seed", "what happened"), rows)) if rows else Html("")
+
+
+def _has(result: EvalResult, name: str | None) -> bool:
+    return name is not None and (result.out / name).exists()
+
+
+def _video(result: EvalResult, row: EpisodeRow) -> Html:
+    return video_tag((result.out / str(row.video)).read_bytes(), _caption(row), result.outcome(row))
+
+
+def _picture(result: EvalResult, row: EpisodeRow) -> Html:
+    return picture_tag((result.out / str(row.last_frame)).read_bytes(), _caption(row), result.outcome(row))
+
+
+def _caption(row: EpisodeRow) -> str:
+    return f"{row.task} · seed {row.seed} · {row.n_steps} steps ·"
+
+
+def _task_by_task(rows: list[EpisodeRow]) -> list[EpisodeRow]:
+    """One of each task, then the second of each, ...: a limit cuts no task off."""
+    n_before: Counter[str] = Counter()
+    numbered = []
+    for row in rows:
+        numbered.append((n_before[row.task], row))
+        n_before[row.task] += 1
+    return [row for _, row in sorted(numbered, key=lambda pair: pair[0])]
 
 
 def _latency(result: EvalResult) -> Html:

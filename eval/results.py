@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from vla.files import read_jsonl, write_text
 from vla.types import Task, problem
 
 SCHEMA = "vla-eval/1"
+OUTCOMES = ("success", "failure", "time-out", "undecodable", "fault")
 EPISODES_FILE = "episodes.jsonl"
 RESULT_FILE = "result.json"
 
@@ -36,20 +38,24 @@ class EpisodeRow:
     """Of each policy query: how long the batched call took that answered it."""
     video: str | None = None
     """Relative to the evaluation's folder."""
+    last_frame: str | None = None
+    """Of an episode that failed and was not filmed: the picture of its last query. Relative to the evaluation's folder."""
 
 
 @dataclass(frozen=True)
 class Tally:
-    """Sums over some episodes."""
+    """Sums over some episodes. successes + failures + timeouts + undecodable = trials; trials + faults = episodes."""
 
     successes: int
     trials: int
     """Episodes without a fault."""
     faults: int
+    failures: int
+    """Episodes that the simulator ended before the step limit, without success."""
     timeouts: int
-    """Failures that used up all their steps."""
+    """Episodes that used up all their steps without success."""
     undecodable: int
-    """Failures that ended because the model's output was no action chunk."""
+    """Episodes that ended because the model's output was no action chunk."""
     mean_steps_to_success: float
 
     @property
@@ -78,14 +84,21 @@ class EvalResult:
     def tally(self, task: str | None = None) -> Tally:
         """Of one task, or of all episodes pooled."""
         rows = [row for row in self.rows if task in (None, row.task)]
-        counted = [row for row in rows if row.fault is None]
-        steps = [row.n_steps for row in counted if row.success]
-        failed = [row for row in counted if not row.success]
-        undecodable = sum(row.undecodable > 0 for row in failed)
+        n = Counter(self.outcome(row) for row in rows)
+        steps = [row.n_steps for row in rows if row.success and row.fault is None]
         mean_steps = sum(steps) / len(steps) if steps else math.nan
-        return Tally(
-            len(steps), len(counted), len(rows) - len(counted), len(failed) - undecodable, undecodable, mean_steps
-        )
+        return Tally(n["success"], len(rows) - n["fault"], n["fault"], n["failure"], n["time-out"], n["undecodable"], mean_steps)  # fmt: skip
+
+    def outcome(self, row: EpisodeRow) -> str:
+        """One of `OUTCOMES`."""
+        if row.fault is not None:
+            return "fault"
+        if row.success:
+            return "success"
+        if row.undecodable:
+            return "undecodable"
+        limit = next(task.max_steps for task in self.tasks if task.name == row.task)
+        return "time-out" if row.n_steps >= limit else "failure"
 
     @property
     def macro(self) -> float:
@@ -113,28 +126,40 @@ class Comparison:
     p_value: float
     """McNemar's exact test."""
     pairs: int
+    successes_a: int
+    successes_b: int
+    only_a: int
+    """Pairs in which only a succeeded."""
+    only_b: int
 
 
-def compare(a: EvalResult, b: EvalResult) -> Comparison:
-    """Pair by (task, seed). VlaError if the two share no seed."""
+def compare(a: EvalResult, b: EvalResult, task: str | None = None) -> Comparison:
+    """Pair by (task, seed), over one task or all. VlaError if the two share no seed."""
     first, second = a.outcomes(), b.outcomes()
-    shared = sorted(first.keys() & second.keys())
+    shared = sorted(key for key in first.keys() & second.keys() if task in (None, key[0]))
     if not shared:
         raise problem(
             "two evaluations without a common (task, seed)", "paired seeds", "evaluate with the same --seed and tasks"
         )
     x, y = [first[key] for key in shared], [second[key] for key in shared]
-    return Comparison(paired_difference(x, y), mcnemar(x, y), len(shared))
+    gain, p_value = paired_difference(x, y), mcnemar(x, y)
+    only_a, only_b = (sum(p > q for p, q in pairs) for pairs in (zip(x, y, strict=True), zip(y, x, strict=True)))
+    return Comparison(gain, p_value, len(shared), sum(x), sum(y), only_a, only_b)
 
 
 def read_rows(out: Path) -> dict[tuple[str, int], EpisodeRow]:
-    """(task, index) -> its last row. A line that a crash cut is dropped, from the file as well."""
-    path = out / EPISODES_FILE
-    rows = read_jsonl(path)
-    if path.exists() and not (text := path.read_text(encoding="utf-8")).endswith("\n") and text:
-        write_text(path, text[: text.rfind("\n") + 1])
+    """(task, index) -> its last row, without a line that a crash cut. Changes nothing."""
+    rows = read_jsonl(out / EPISODES_FILE)
     parsed = [EpisodeRow(**{**row, "latency_ms": tuple(row["latency_ms"])}) for row in rows]
     return {(row.task, row.index): row for row in parsed}
+
+
+def drop_cut_line(out: Path) -> None:
+    """Take a last line that a crash or a full disk cut out of the file, so that the next one starts afresh."""
+    path = out / EPISODES_FILE
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if text and not text.endswith("\n"):
+        write_text(path, text[: text.rfind("\n") + 1])
 
 
 def read_result(out: Path) -> EvalResult:
@@ -157,11 +182,11 @@ def read_result(out: Path) -> EvalResult:
 
 
 def to_json(result: EvalResult) -> dict[str, Any]:
-    """The content of `result.json`; rates are in [0, 1], a number that does not exist is null.
+    """The content of `result.json` (docs/result-schema.md); rates are in [0, 1], a number that does not exist is null.
 
     schema      "vla-eval/1"
     overall     successes, trials (episodes without a fault), success_rate, low, high (Wilson 95 %, episodes pooled),
-                macro (mean of the tasks' rates), faults, timeouts, undecodable, mean_steps_to_success
+                macro (mean of the tasks' rates), faults, failures, timeouts, undecodable, mean_steps_to_success
     tasks       task name -> instruction, max_steps, and the same sums
     latency_ms  queries, p50, p90, p99: per query, the duration of the (batched) policy call that answered it
     policy      what the policy says of itself

@@ -8,39 +8,37 @@ episode by episode (`vla.eval.results.compare`). Interrupted, the same command c
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import shlex
 import sys
 import time
 import zlib
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from vla.eval.expert import SuiteExpert
-from vla.eval.html import percent, percent_interval
+from vla.eval.html import percent
+from vla.eval.libero_protocol import protocol_settings
+from vla.eval.recording import record
 from vla.eval.report import write_report
-from vla.eval.results import EPISODES_FILE, RESULT_FILE, EpisodeRow, EvalResult, read_rows, to_json
-from vla.eval.suites import get_suite
-from vla.eval.video import write_video
+from vla.eval.results import EPISODES_FILE, RESULT_FILE, EpisodeRow, EvalResult, drop_cut_line, read_rows, to_json
+from vla.eval.run_folder import claim, folder_digest, says_how_to_continue
+from vla.eval.shards import deal, parse_shard
+from vla.eval.suites import get_suite, with_options
+from vla.eval.terminal import print_table
 from vla.files import append_jsonl, write_json
 from vla.progress import Progress
 from vla.rollout import run_episodes
 from vla.threads import leave_cores_to
-from vla.types import EpisodeRequest, EpisodeResult, Policy, Suite, problem
+from vla.types import EpisodeRequest, Policy, Suite, problem
 from vla.workers import Deadlines
 
-SETTINGS_FILE = "settings.json"
 LIBRARIES = ("vla-toolkit", "torch", "transformers", "peft", "numpy")
-MAX_VIDEO_FPS = 20.0
-SAMPLE_BYTES = 1 << 20
+EXPERT = "expert"
 
 
 @dataclass(frozen=True)
@@ -53,12 +51,16 @@ class Settings:
     """Simulator suite."""
     tasks: tuple[str, ...] = ()
     """Tasks of the suite; none given: the suite's own choice."""
-    episodes_per_task: int = 20
-    """Episodes per task. May be raised later in the same folder."""
+    protocol: str | None = None
+    """LIBERO only: evaluate as openvla, oft, openpi or lerobot do; sets trials, re-planning, step limits, settling, size."""
+    episodes_per_task: int | None = None
+    """Episodes per task; default: 20, or the protocol's. May be raised later in the same folder."""
     seed: int = 1_000_000
     """Episode i of each task is reset with seed + i. Training data uses seeds below a million."""
+    shard: str | None = None
+    """i/n: run only the i-th of n equal parts, e.g. one per machine, each in a folder of its own. Then `vla eval merge`."""
     n_execute: int | None = None
-    """Actions of each chunk to execute before asking again; default: the whole chunk."""
+    """Actions of each chunk to execute before asking again; default: the protocol's, or the whole chunk."""
     temperature: float = 0.0
     """0 acts greedily; above, actions are drawn, reproducibly."""
     quantization: str = "none"
@@ -69,10 +71,14 @@ class Settings:
     """Where a policy directory is loaded."""
     dtype: str = "float32"
     """In which precision a policy directory is loaded."""
+    sim_python: str | None = None
+    """LIBERO only: the Python interpreter that has the simulator, if it is not this one."""
+    force_versions: bool = False
+    """LIBERO only: run although the simulator's versions are known to shift results."""
     workers: int = 2
     """Simulator processes; 0 runs the simulator in this process. Does not change results."""
-    slots: int = 16
-    """Environments per process. Does not change results."""
+    slots: int | None = None
+    """Environments per process; default: as many as the suite advises. Does not change results."""
     videos_per_task: int = 2
     """The first so many episodes of each task are filmed."""
     video_every_steps: int = 2
@@ -89,12 +95,16 @@ class Settings:
     """Say what would be done, then stop."""
 
 
+DEFAULT_EPISODES = 20
+
 # Two runs that differ in one of these may not share a folder.
 IDENTITY = (
     "policy",
     "suite",
+    "protocol",
     "tasks",
     "seed",
+    "shard",
     "n_execute",
     "temperature",
     "quantization",
@@ -115,47 +125,65 @@ def run(settings: Settings, *, policy: Policy | None = None, suite: Suite | None
         VlaError: unknown suite or task, a policy that does not load, a folder with another evaluation, too many faults.
     """
     started = time.monotonic()
+    settings = resolved(settings)
     _check(settings)
-    suite = suite or get_suite(settings.suite, settings.tasks)
+    suite = suite or _suite(settings)
     if settings.dry_run:
         n = settings.episodes_per_task
         names = ", ".join(task.name for task in suite.tasks)
+        part = f", shard {settings.shard} ({len(_wanted(settings, suite))} episodes)," if settings.shard else ""
         print(
-            f"would run {n} episodes of each of {len(suite.tasks)} tasks ({names}) with {settings.policy} into {settings.out}"
+            f"would run {n} episodes of each of {len(suite.tasks)} tasks ({names}){part} with {settings.policy} into {settings.out}"
         )
         return _result(settings, suite, {}, {}, started)
     policy = policy or _load(settings, suite)
     metadata = json.loads(json.dumps(policy.metadata, default=str))
     identity = _identity(settings, suite, metadata)
-    _claim(settings.out, identity)
-    rows = {key: row for key, row in read_rows(settings.out).items() if row.fault is None}  # faults get another chance
-    with leave_cores_to(settings.workers):
-        _run_missing(settings, policy, suite, rows, metadata)
-    result = _result(settings, suite, rows, metadata, started)
-    write_json(settings.out / RESULT_FILE, to_json(result))
-    write_report(result)
+    wanted = _wanted(settings, suite)
+    claim(settings.out, identity)
+    with says_how_to_continue(settings.out, len(wanted)):
+        drop_cut_line(settings.out)
+        # Faults get another chance.
+        rows = {key: row for key, row in read_rows(settings.out).items() if row.fault is None}
+        with leave_cores_to(settings.workers):
+            _run_missing(settings, policy, suite, wanted, rows, metadata)
+        result = _result(settings, suite, rows, metadata, started)
+        write_result(result)
     print_table(result)
     return result
 
 
-def print_table(result: EvalResult) -> None:
-    """The summary on the terminal."""
-    table = Table(title=f"{result.policy} on {result.suite}")
-    for column in ("task", "success", "rate [95 %]", "time-outs", "undecodable", "faults"):
-        table.add_column(column, justify="left" if column == "task" else "right")
-    names = [task.name for task in result.tasks]
-    for name in [*names, None]:
-        tally = result.tally(name)
-        cells = (f"{tally.successes}/{tally.trials}", percent_interval(tally.interval))
-        counts = (str(tally.timeouts), str(tally.undecodable), str(tally.faults))
-        table.add_row(name or "all", *cells, *counts, end_section=name == names[-1])
-    console = Console()
-    console.print(table)
-    console.print(f"report: {result.out / 'report.html'}", soft_wrap=True)
+def resolved(settings: Settings) -> Settings:
+    """With the protocol's values, or the defaults, for what the user left open."""
+    chosen = protocol_settings(settings.protocol, settings.suite) if settings.protocol else {}
+    n_execute = settings.n_execute
+    if n_execute is None and settings.policy != EXPERT:  # an expert has no chunks
+        n_execute = chosen.get("n_execute")
+    n = settings.episodes_per_task
+    n = chosen.get("episodes_per_task", DEFAULT_EPISODES) if n is None else n
+    return replace(settings, episodes_per_task=n, n_execute=n_execute)
+
+
+def _suite(settings: Settings) -> Suite:
+    """The suite, as the protocol and the simulator's flags have it."""
+    suite = get_suite(settings.suite, settings.tasks, expert=settings.policy == EXPERT)
+    options = protocol_settings(settings.protocol, suite.name)["suite_options"] if settings.protocol else {}
+    if settings.sim_python is not None:
+        options["sim_python"] = settings.sim_python
+    if settings.force_versions:
+        options["force_versions"] = True
+    return with_options(suite, options)
+
+
+def write_result(result: EvalResult) -> None:
+    """`result.json` and `report.html`, into the evaluation's folder."""
+    write_json(result.out / RESULT_FILE, to_json(result))
+    write_report(result)
 
 
 def _check(settings: Settings) -> None:
-    if settings.episodes_per_task < 1:
+    parse_shard(settings.shard)
+    if (settings.episodes_per_task or 0) < 1:
         raise problem(f"episodes_per_task={settings.episodes_per_task}", "at least 1", "raise it")
     if settings.video_every_steps < 1 or settings.videos_per_task < 0:
         got = f"video_every_steps={settings.video_every_steps}, videos_per_task={settings.videos_per_task}"
@@ -163,7 +191,7 @@ def _check(settings: Settings) -> None:
 
 
 def _load(settings: Settings, suite: Suite) -> Policy:
-    if settings.policy == "expert":
+    if settings.policy == EXPERT:
         return SuiteExpert(suite)
     if settings.policy.startswith(("http://", "https://")):
         raise problem(f"the URL {settings.policy} without a client", "run(settings, policy=client)", "pass the client")
@@ -189,42 +217,21 @@ def _identity(settings: Settings, suite: Suite, metadata: dict[str, Any]) -> dic
     return json.loads(json.dumps(chosen))
 
 
-def folder_digest(folder: Path) -> str:
-    """sha256 over names, sizes and contents; of large files only the first and the last mebibyte are read."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)}\0{size}\0".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(SAMPLE_BYTES))
-            file.seek(max(0, size - SAMPLE_BYTES))
-            digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
-def _claim(out: Path, identity: dict[str, Any]) -> None:
-    """Make the folder this evaluation's own, or see that it is."""
-    path = out / SETTINGS_FILE
-    if not path.exists():
-        if (out / EPISODES_FILE).exists():
-            raise problem(f"{out} with episodes but no {SETTINGS_FILE}", "both", "choose another --out")
-        write_json(path, identity)
-        return
-    found = json.loads(path.read_text(encoding="utf-8"))
-    for name, value in identity.items():
-        if found.get(name) != value:
-            raise problem(
-                f"{name}={value!r} for {out}, which holds an evaluation with {name}={found.get(name)!r}",
-                "the same settings", "choose another --out, or delete that folder to start afresh",
-            )  # fmt: skip
+def _wanted(settings: Settings, suite: Suite) -> list[tuple[str, int]]:
+    """(task, index) of this run's episodes, in order."""
+    return deal([task.name for task in suite.tasks], settings.episodes_per_task or 0, settings.shard)
 
 
 def _run_missing(
-    settings: Settings, policy: Policy, suite: Suite, rows: dict[tuple[str, int], EpisodeRow], metadata: dict[str, Any]
+    settings: Settings,
+    policy: Policy,
+    suite: Suite,
+    wanted: Sequence[tuple[str, int]],
+    rows: dict[tuple[str, int], EpisodeRow],
+    metadata: dict[str, Any],
 ) -> None:
     """Run what `rows` lacks and add it, to the file as well."""
     sampled = settings.temperature > 0 or float(metadata.get("temperature") or 0) > 0
-    wanted = [(task.name, i) for i in range(settings.episodes_per_task) for task in suite.tasks]
     missing = [key for key in wanted if key not in rows]
     if not missing:
         return
@@ -236,8 +243,9 @@ def _run_missing(
             key = (settings.seed, zlib.crc32(task.encode()), i) if sampled else ()
             yield EpisodeRequest(task, settings.seed + i, key, {"index": i})
 
+    slots = suite.default_slots if settings.slots is None else settings.slots
     results = run_episodes(
-        policy, suite, requests(), n_workers=min(settings.workers, len(missing)), slots_per_worker=settings.slots,
+        policy, suite, requests(), n_workers=min(settings.workers, len(missing)), slots_per_worker=slots,
         n_execute=settings.n_execute, keep_queries=True, render_every=settings.video_every_steps,
         keep_frames=lambda request: request.tags["index"] < settings.videos_per_task,
         max_fault_fraction=settings.max_fault_fraction,
@@ -246,7 +254,7 @@ def _run_missing(
     try:
         with Progress("episodes", len(wanted), done) as progress:
             for result in results:
-                row = _row(settings, suite, result)
+                row = record(settings.out, suite, result, settings.video_every_steps)
                 append_jsonl(settings.out / EPISODES_FILE, asdict(row))
                 rows[row.task, row.index] = row
                 done += 1
@@ -256,25 +264,13 @@ def _run_missing(
         results.close()
 
 
-def _row(settings: Settings, suite: Suite, result: EpisodeResult) -> EpisodeRow:
-    request, index = result.request, int(result.request.tags["index"])
-    latency = tuple(round(query.latency_ms, 3) for query in result.queries)
-    video = None
-    if result.frames and result.fault is None:
-        video = f"videos/{request.task}-{index}-{'success' if result.success else 'failure'}.mp4"
-        fps = min(MAX_VIDEO_FPS, suite.control_hz / settings.video_every_steps)
-        write_video(settings.out / video, result.frames, fps, border=result.success)
-    return EpisodeRow(
-        request.task, index, request.seed, result.success, result.n_steps, result.undecodable, result.fault,
-        round(result.wall_s, 3), latency, video,
-    )  # fmt: skip
-
-
 def _result(
     settings: Settings, suite: Suite, rows: dict[tuple[str, int], EpisodeRow], metadata: dict[str, Any], started: float
 ) -> EvalResult:
     tasks = tuple(suite.tasks)
-    chosen = [rows[task.name, i] for task in tasks for i in range(settings.episodes_per_task) if (task.name, i) in rows]
+    wanted = set(_wanted(settings, suite))
+    every = ((task.name, i) for task in tasks for i in range(settings.episodes_per_task or 0))
+    chosen = [rows[key] for key in every if key in wanted and key in rows]
     return EvalResult(
         settings.policy, suite.name, tasks, tuple(chosen), {**asdict(settings), "out": str(settings.out)},
         _versions(suite), shlex.join(sys.argv), metadata, time.monotonic() - started, settings.out,

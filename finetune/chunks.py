@@ -202,7 +202,7 @@ class ChunkDataset:
         needed, free = sum(int(np.prod(s)) for s in sizes.values()), _available_bytes()
         if needed > 0.8 * free:
             raise problem(f"{needed / 2**30:.1f} GiB of images to cache", f"at most 80 % of the {free / 2**30:.1f} GiB free",
-                          "set cache_images to False")  # fmt: skip
+                          "pass --no-cache-images, or set cache_images to False")  # fmt: skip
         cache = {camera: np.empty(size, np.uint8) for camera, size in sizes.items()}
         for index in range(len(self._frame)):
             reader = self.sources[self._source[index]][1]

@@ -9,22 +9,23 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from vla.files import write_json
+from vla.finetune.demonstrate import demonstrate, demonstrate_without_noops
 from vla.finetune.lerobot_reader import LeRobotReader
 from vla.finetune.lerobot_writer import LeRobotWriter
 from vla.progress import Progress
-from vla.types import Env, Episode, Policy, Step, Suite, Task, VlaError, problem
+from vla.types import Env, Episode, Policy, Suite, Task, VlaError, problem
 
 SETTINGS_FILE = "collect.json"
+FIRST_TEST_SEED = 1_000_000
+"""Evaluations start from this seed on; on LIBERO these are the benchmark's own initial states."""
+ARM_ACTION_DIM = 7
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ class Settings:
     """Give up on a task after this many attempts per wanted demonstration."""
     noise_std: float = 0.0
     """Standard deviation of Gaussian noise on executed actions; the expert's clean action is what is recorded."""
+    drop_noops: bool = True
+    """Leave out the frames of an arm (6 displacements and a gripper, as in LIBERO) in which nothing moves, as OpenVLA's
+    data do. Other robots' data, Meta-World's too, are left as they are."""
     image_mode: Literal["image", "video"] = "image"
     """`image`: PNG, exact. `video`: AV1, ten times smaller, lossy."""
     processes: int = 1
@@ -62,6 +66,10 @@ class Settings:
                 raise problem(f"{name} {count}", "at least 1", "raise it")
         if self.noise_std < 0 or self.first_seed < 0:
             raise problem(f"noise_std {self.noise_std}, first_seed {self.first_seed}", "at least 0", "raise them")
+        beyond = self.first_seed + self.episodes_per_task * self.max_attempts_per_episode
+        if beyond > FIRST_TEST_SEED:
+            raise problem(f"seeds {self.first_seed} .. {beyond - 1}", f"seeds below {FIRST_TEST_SEED}: the others are for tests",
+                          "lower --first-seed, --episodes-per-task or --max-attempts-per-episode")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,9 @@ def run(settings: Settings, suite: Suite) -> Collected:
     """
     began = time.monotonic()
     tasks = _chosen_tasks(settings, suite)
+    if _drops_noops(settings, suite) and settings.noise_std:
+        raise problem(f"noise_std {settings.noise_std} and dropped no-ops", "one of them: without the pauses, the expert's "
+                      "answers to the noise belong to other states", "pass --no-drop-noops, or no noise")  # fmt: skip
     for task in tasks:
         _expert(suite, task.name)  # before anything is written
     if settings.dry_run:
@@ -113,27 +124,6 @@ def run(settings: Settings, suite: Suite) -> Collected:
     return result
 
 
-def demonstrate(env: Env, expert: Policy, task: Task, seed: int, noise_std: float, dataset: str) -> Episode:
-    """One attempt of the expert. Recorded actions are the expert's own, without the noise it is executed with.
-
-    The noise makes the data show how to come back from small errors (DART, Laskey et al. 2017).
-    """
-    noise = np.random.default_rng([seed, zlib.crc32(task.name.encode())])
-    observation, _ = env.reset(seed=seed)
-    expert.reset()
-    steps, success = [], False
-    for _ in range(task.max_steps):
-        action = expert.act([observation])[0].actions[0].astype(np.float32)
-        executed = action + noise.normal(0.0, noise_std, action.shape).astype(np.float32) if noise_std else action
-        following, reward, terminated, truncated, info = env.step(executed)
-        success = success or bool(info["success"])
-        steps.append(Step(replace(observation, privileged=None), action, float(reward), bool(info["success"])))
-        observation = following
-        if terminated or truncated:
-            break
-    return Episode(steps, task.instruction, dataset, success, seed, task.name)
-
-
 def _collect_task(
     settings: Settings, task: Task, seeds: list[int], attempts: _Attempts, writer: LeRobotWriter, progress: Progress
 ) -> int:
@@ -156,22 +146,26 @@ def _collect_task(
 
 
 class _Demonstrator:
-    """Environments and experts of one process, made when first needed and then kept."""
+    """Environment and expert of one process: of one task at a time, because an environment can take gigabytes."""
 
-    def __init__(self, suite: Suite, noise_std: float) -> None:
-        self.suite, self.noise_std = suite, noise_std
+    def __init__(self, suite: Suite, noise_std: float, drop_noops: bool) -> None:
+        self.suite, self.noise_std, self.drop_noops = suite, noise_std, drop_noops
         self.tasks = {task.name: task for task in suite.tasks}
-        self.made: dict[str, tuple[Env, Policy]] = {}
+        self.made: tuple[str, Env, Policy] | None = None
 
     def __call__(self, task: str, seed: int) -> Episode:
-        if task not in self.made:
-            self.made[task] = (self.suite.make(task), _expert(self.suite, task))
-        env, expert = self.made[task]
+        if self.made is None or self.made[0] != task:
+            self.close()
+            self.made = (task, self.suite.make(task), _expert(self.suite, task))
+        _, env, expert = self.made
+        if self.drop_noops:
+            return demonstrate_without_noops(env, expert, self.tasks[task], seed, self.suite.name)
         return demonstrate(env, expert, self.tasks[task], seed, self.noise_std, self.suite.name)
 
     def close(self) -> None:
-        for env, _ in self.made.values():
-            env.close()
+        if self.made is not None:
+            self.made[1].close()
+        self.made = None
 
 
 class _Attempts:
@@ -179,14 +173,14 @@ class _Attempts:
 
     def __init__(self, settings: Settings, suite: Suite) -> None:
         self.processes, self.timeout_s = settings.processes, settings.episode_timeout_s
-        self.demonstrator = _Demonstrator(suite, settings.noise_std)
+        self.arguments = (suite, settings.noise_std, _drops_noops(settings, suite))
+        self.demonstrator = _Demonstrator(*self.arguments)
         self.pool: Any = None
 
     def __enter__(self) -> _Attempts:
         if self.processes > 1:
             context = multiprocessing.get_context("spawn")  # simulators and their GL do not survive a fork
-            arguments = (self.demonstrator.suite, self.demonstrator.noise_std)
-            self.pool = context.Pool(self.processes, _start_worker, arguments)
+            self.pool = context.Pool(self.processes, _start_worker, self.arguments)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -218,8 +212,8 @@ class _Attempts:
 _WORKER: list[Callable[[str, int], Episode]] = []  # what this worker process makes episodes with
 
 
-def _start_worker(suite: Suite, noise_std: float) -> None:
-    _WORKER[:] = [_Demonstrator(suite, noise_std)]
+def _start_worker(suite: Suite, noise_std: float, drop_noops: bool) -> None:
+    _WORKER[:] = [_Demonstrator(suite, noise_std, drop_noops)]
 
 
 def _work(task: str, seed: int) -> Episode:
@@ -232,6 +226,10 @@ def _chosen_tasks(settings: Settings, suite: Suite) -> list[Task]:
     if unknown:
         raise problem(f"task {', '.join(unknown)}", f"tasks of {suite.name}: {', '.join(known)}", "correct --tasks")
     return [known[name] for name in settings.tasks or known]
+
+
+def _drops_noops(settings: Settings, suite: Suite) -> bool:
+    return settings.drop_noops and len(suite.action_names) == ARM_ACTION_DIM
 
 
 def _expert(suite: Suite, task: str) -> Policy:
@@ -248,12 +246,12 @@ def _claim_folder(settings: Settings, suite: Suite) -> None:
     shaping = {
         "suite": suite.name, "cameras": list(suite.cameras), "image_size_px": suite.image_size_px,
         "versions": suite.versions(), "first_seed": settings.first_seed, "noise_std": settings.noise_std,
-        "image_mode": settings.image_mode,
+        "image_mode": settings.image_mode, "drop_noops": _drops_noops(settings, suite),
     }  # fmt: skip
     path = settings.out / SETTINGS_FILE
     if path.is_file():
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))["shaping"]
+            found = {"drop_noops": False} | json.loads(path.read_text(encoding="utf-8"))["shaping"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise problem(f"{path}: {error!r}", "the settings of the collection", "collect to a new folder") from error
         for name, value in shaping.items():

@@ -97,8 +97,8 @@ class Settings:
     """Gradient norm limit."""
     workers: int = 2
     """Simulator processes; 0 runs the simulator in this one."""
-    slots: int = 16
-    """Environments per process; the policy sees batches of up to workers x slots."""
+    slots: int | None = None
+    """Environments per process, default: as many as the suite advises; the policy sees batches of up to workers x slots."""
     max_fault_share: float = 0.2
     """Stop if more than this share of the episodes of an iteration fail in the simulator."""
     save_every: int = 1
@@ -168,7 +168,8 @@ def run(settings: Settings, suite: Suite) -> Path:
         _describe(settings, policy, suite)
         return settings.out
     open_run(settings.out, settings)
-    with contextlib.closing(WorkerPool(suite, settings.workers, settings.slots)) as pool:
+    slots = suite.default_slots if settings.slots is None else settings.slots
+    with contextlib.closing(WorkerPool(suite, settings.workers, slots)) as pool:
         Trainer(settings, policy, suite, pool).train()
     policy.spec = dataclasses.replace(policy.spec, temperature=settings.temperature)
     policy.save(settings.out / "policy", stage="rl", settings=dataclasses.asdict(settings))

@@ -56,6 +56,10 @@ class Settings:
     """Square size given to the model's processor; 0: 160 for tiny, else 224."""
     crop_area: float = 1.0
     """Share of the image kept by a centre crop."""
+    rotation_deg: Literal[0, 90, 180, 270] = 0
+    """Counter-clockwise turn of every frame, in training and in acting: 180 for data with LIBERO's own camera frames."""
+    cache_images: bool = True
+    """Decode every frame once, before training, and keep it in memory; else as needed. The samples are the same."""
     horizon: int = 8
     """Actions per chunk."""
     state: bool = True
@@ -145,6 +149,14 @@ PRESETS = {
         data=(), out=Path("runs/sft"), backbone="Qwen/Qwen2.5-VL-3B-Instruct", horizon=1, state=False, lr=5e-4,
         schedule="constant", warmup_steps=0, batch_size=16, steps=50_000, precision="bf16",
         lora_parts=("llm", "projector", "vision"), crop_area=0.9, image_size_px=224, save_every_steps=5000,
+    ),
+    # LIBERO demonstrations of `vla data collect --suite libero_*`: two cameras, 8 state and 7 action dimensions, chunks of
+    # 8 as OpenVLA-OFT. Frames are turned as its authors turn them. Needs a GPU of 24 GB or more; not measured.
+    "libero": Settings(
+        data=(), out=Path("runs/sft"), backbone="Qwen/Qwen2.5-VL-3B-Instruct", cameras=("agentview", "wrist"),
+        rotation_deg=180, cache_images=False, horizon=8, lr=5e-4, schedule="cosine", warmup_steps=500, batch_size=16,
+        steps=50_000, precision="bf16", lora_parts=("llm", "projector", "vision"), image_size_px=224,
+        gripper_convention="+1 closes, -1 opens", save_every_steps=5000, eval_every_steps=1000, holdout_episodes=5,
     ),
 }  # fmt: skip
 
@@ -354,7 +366,7 @@ def _open_data(settings: Settings) -> tuple[ChunkDataset, dict[str, Any]]:
     statistics = {name: dataset_statistics(reader, gripper_dim=gripper) for name, reader in readers}
     dataset = ChunkDataset(
         readers, settings.horizon, cameras, seed=settings.seed, holdout_episodes=settings.holdout_episodes,
-        cache_images=True,
+        cache_images=settings.cache_images,
     )  # fmt: skip
     return dataset, statistics
 
@@ -363,9 +375,11 @@ def _create(settings: Settings, dataset: ChunkDataset, statistics: dict[str, Any
     reader = dataset.readers[0]
     names = tuple(reader.action_names)
     gripper = len(names) - 1 if settings.gripper_dim == -1 else settings.gripper_dim
-    action = ActionSpec(names, settings.horizon, settings.delta, gripper, settings.gripper_convention, reader.fps)
+    action = ActionSpec(
+        names, settings.horizon, settings.delta, gripper, settings.gripper_convention, control_hz=reader.fps
+    )
     image = ImageSpec(dataset.cameras, settings.image_size_px or (160 if settings.backbone == "tiny" else 224),
-                      crop_area=settings.crop_area)  # fmt: skip
+                      crop_area=settings.crop_area, rotation_deg=settings.rotation_deg)  # fmt: skip
     keys = sorted(statistics)
     return create_policy(
         settings.backbone, name=settings.out.name, action=action, image=image,

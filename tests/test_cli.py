@@ -141,7 +141,7 @@ def test_programs_that_need_an_environment_get_it(monkeypatch: pytest.MonkeyPatc
     """`finetune/` may not import `eval/`, nor `eval/` `serve/`: the command line joins them."""
     got: dict[str, Any] = {}
     suites = types.ModuleType("vla.eval.suites")
-    suites.__dict__["get_suite"] = lambda name, tasks: (name, tasks)
+    suites.__dict__["get_suite"] = lambda name, tasks, expert=False: (name, tasks) + (expert,) * expert
     remote = types.ModuleType("vla.serve.remote_policy")
     remote.__dict__["RemotePolicy"] = lambda url: f"remote {url}"
     monkeypatch.setitem(sys.modules, "vla.eval.suites", suites)
@@ -153,6 +153,8 @@ def test_programs_that_need_an_environment_get_it(monkeypatch: pytest.MonkeyPatc
     settings = types.SimpleNamespace(suite="metaworld", tasks=("push",), policy="http://localhost:8000", dry_run=False)
     cli._CALLS["suite"](run, settings)
     assert got == {"suite": ("metaworld", ("push",)), "policy": None}
+    cli._CALLS["expert"](run, settings)
+    assert got["suite"] == ("metaworld", ("push",), True)
     cli._CALLS["policy"](run, settings)
     assert got["policy"] == "remote http://localhost:8000"
     settings.dry_run = True

@@ -65,6 +65,8 @@ class PlankSuite:
     cameras: tuple[str, ...] = ("front",)
     image_size_px: int = 8
     control_hz: float = 10.0
+    frames_upside_down: bool = False
+    default_slots: int = 4
     action_names: tuple[str, ...] = ("dx", "nothing")
     state_names: tuple[str, ...] = ("x",)
     tasks: tuple[Task, ...] = (Task("walk", "walk to the end", 12), Task("slip", "walk carefully", 12))

@@ -16,7 +16,8 @@ import pytest
 
 from vla.eval.html import Html, bar_chart_svg, escaped, line_chart_svg, table, ticks
 from vla.eval.results import compare, read_rows
-from vla.eval.run import Settings, folder_digest, run
+from vla.eval.run import Settings, run
+from vla.eval.run_folder import folder_digest
 from vla.eval.statistics import (
     Interval,
     difference,

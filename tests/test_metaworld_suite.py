@@ -7,7 +7,9 @@ import importlib.util
 import numpy as np
 import pytest
 
-from vla.eval.metaworld_suite import CAMERA, MetaWorldEnv, MetaWorldSuite
+from vla.eval.metaworld_suite import ACTION_REPEAT_ML, CAMERA, MetaWorldEnv, MetaWorldSuite
+from vla.eval.metaworld_tasks import INSTRUCTIONS, PRETRAINED_TASKS, SPLITS
+from vla.eval.suites import get_suite
 from vla.types import EpisodeRequest, VlaError
 
 if importlib.util.find_spec("metaworld") is None:
@@ -51,6 +53,17 @@ def test_same_seed_same_bits_in_fresh_and_used_environments(env: MetaWorldEnv) -
     fresh.close()
 
 
+def test_a_renderer_that_was_given_up_draws_the_same_again(env: MetaWorldEnv) -> None:
+    from vla.eval import metaworld_suite
+
+    env.render_frames = True
+    before = env.reset(seed=3)[0].images[CAMERA]
+    other = MetaWorldSuite(("drawer-close",), max_renderers=1).make("drawer-close")
+    other.reset(seed=3)
+    assert [task for task, _ in metaworld_suite._RENDERERS] == ["drawer-close"]
+    np.testing.assert_array_equal(env.reset(seed=3)[0].images[CAMERA], before)
+
+
 def test_seeds_differ(env: MetaWorldEnv) -> None:
     first, second = (env.reset(seed=seed)[0].privileged for seed in (1, 2))
     assert first is not None and second is not None
@@ -91,6 +104,48 @@ def test_truncates_at_the_limit() -> None:
     short.reset(seed=0)
     flags = [short.step(np.zeros(4, np.float32))[3] for _ in range(3)]
     assert flags == [False, False, True]
+
+
+def test_splits_are_metaworlds_own() -> None:
+    import metaworld.env_dict as published
+
+    for suite, benchmark, part in (
+        ("metaworld-ml10", published.ML10_V3, "train"),
+        ("metaworld-ml10-test", published.ML10_V3, "test"),
+        ("metaworld-ml45", published.ML45_V3, "train"),
+        ("metaworld-ml45-test", published.ML45_V3, "test"),
+    ):
+        assert {f"{task}-v3" for task in SPLITS[suite]} == set(benchmark[part])
+    assert {f"{task}-v3" for task in SPLITS["metaworld-mt50"]} == set(published.ALL_V3_ENVIRONMENTS)
+    assert len(set(INSTRUCTIONS.values())) == len(INSTRUCTIONS) == 50
+    assert len(PRETRAINED_TASKS) == 27 and PRETRAINED_TASKS[-1] == "window-open"
+
+
+def test_splits_are_suites() -> None:
+    suite = get_suite("metaworld-ml45-test")
+    assert suite.name == "metaworld-ml45-test" and [task.max_steps for task in suite.tasks] == [166] * 5
+    assert len(get_suite("metaworld-ml45").tasks) == 45 and len(get_suite("metaworld-ml10").tasks) == 10
+    assert [task.name for task in get_suite("metaworld-ml10", ("sweep",)).tasks] == ["sweep"]
+    with pytest.raises(VlaError, match="got task 'drawer-open'; expected one of reach, push"):
+        get_suite("metaworld-ml10", ("drawer-open",))
+    with pytest.raises(VlaError, match="did you mean 'metaworld-ml45'"):
+        get_suite("metaworld-ml46")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(INSTRUCTIONS))
+def test_every_task_builds_and_its_expert_acts(name: str) -> None:
+    suite = get_suite("metaworld-mt50", (name,))
+    env, expert = suite.make(name), suite.expert(name)
+    observation, _ = env.reset(seed=0)
+    assert observation.images[CAMERA].std() > 20
+    first = observation.state
+    env.render_frames = False
+    for _ in range(5):
+        observation, _, _, truncated, _ = env.step(expert.act([observation])[0].actions[0])
+        assert not truncated
+    assert first is not None and observation.state is not None and np.abs(observation.state - first).max() > 1e-3
+    assert suite.control_hz == 80 / ACTION_REPEAT_ML
 
 
 def test_bad_input(env: MetaWorldEnv) -> None:

@@ -25,6 +25,8 @@ SHORT = {
     "data check": "",
     "finetune": "--steps 2 --batch-size 2 --holdout-episodes 1",
     "eval": "--episodes-per-task 1 --workers 1",
+    "eval compare": "",
+    "doctor": "--frames 4 --resets 1 --replays 1",
     "rl": "--iterations 1 --groups 1 --max-groups 1 --group-size 2 --updates 1 --workers 1",
     "merge": "",
     "serve": "",

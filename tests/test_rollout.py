@@ -164,7 +164,7 @@ def test_fault_is_reported_and_harms_nobody_else(reference: list[tuple], kind: s
 @pytest.mark.parametrize("n_workers", [0, 1])
 def test_a_fault_that_happens_once_costs_nothing(reference: list[tuple], tmp_path: Path, n_workers: int) -> None:
     kind = "raise_step" if n_workers == 0 else "exit"
-    suite = FakeSuite(faults=(("reach-far", 3, kind), ("reach-near", 4, kind)), faults_once_in=str(tmp_path))
+    suite = FakeSuite(passing_faults=(("reach-far", 3, kind), ("reach-near", 4, kind)), passed_in=str(tmp_path))
     stats = RolloutStats()
     results = list(
         run_episodes(

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_demonstrate import LiftSuite
 from training import fake_dataset, sft_settings, tiny_backbone
 
 from vla.files import read_jsonl
-from vla.finetune import sft
+from vla.finetune import collect, sft
 from vla.policy import load_policy
 from vla.types import VlaError
 
@@ -186,3 +187,17 @@ def test_learning_rate_schedules():
     assert rates[-1] == pytest.approx(0.1 * settings.lr, rel=0.01)
     constant = sft.PRESETS["openvla-lora"]
     assert {sft.learning_rate(constant, step) for step in (0, 10, 40_000)} == {constant.lr}
+
+
+def test_an_arm_with_two_cameras(folder):
+    """LIBERO's shape of data needs no code: 7-D actions, 8-D state, two cameras, frames turned, decoded as needed."""
+    collect.run(collect.Settings(folder / "lift", episodes_per_task=3), LiftSuite())
+    changes = {"data": (folder / "lift",), "out": folder / "arm", "steps": 2, "gripper_dim": -1, "rotation_deg": 180,
+               "cache_images": False, "holdout_episodes": 1, "gripper_convention": "+1 closes, -1 opens"}  # fmt: skip
+    policy = load_policy(sft.run(sft_settings(folder, **changes)))
+    spec = policy.spec
+    assert spec.image.cameras == ("a", "b") and spec.image.rotation_deg == 180 and len(spec.prompt.state_names) == 8
+    assert spec.action.gripper_dim == 6 and spec.action.control_hz == 20 and spec.action.dim == 7
+    assert policy.statistics["lift"]["action"]["mask"] == [True] * 6 + [False]
+    seen, _ = LiftSuite().make("lift").reset(seed=0)
+    assert policy.act([seen])[0].actions.shape == (3, 7)

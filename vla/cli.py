@@ -32,6 +32,8 @@ class Program:
     run: str = "run"
     needs: str = ""
     """What the command line supplies beside the settings, because the module's part may not import it: a key of `_CALLS`."""
+    has_words: bool = False
+    """Its settings take words without a flag (`tyro.conf.Positional`), so that the first one is no preset."""
 
 
 PROGRAMS = {
@@ -41,7 +43,7 @@ PROGRAMS = {
         "record a scripted expert's demonstrations",
         "CollectSettings",
         "run_collect",
-        "suite",
+        "expert",
     ),
     "data inspect": Program("vla.finetune.data_program", "what a dataset holds", "InspectSettings", "run_inspect"),
     "data stats": Program("vla.finetune.data_program", "exact statistics of a dataset", "StatsSettings", "run_stats"),
@@ -53,6 +55,12 @@ PROGRAMS = {
     "eval": Program(
         "vla.eval.run", "success rates of a policy directory or an endpoint, with a report", needs="policy"
     ),
+    "eval merge": Program("vla.eval.merge", "put the shards of one evaluation together", has_words=True),
+    "eval compare": Program("vla.eval.compare", "two evaluations on the same seeds: which is better", has_words=True),
+    "eval replay": Program(
+        "vla.replay_program", "replay recorded actions through the action tokens: the upper bound they allow"
+    ),
+    "doctor": Program("vla.doctor", "why a policy does worse than it should: one page of checks", has_words=True),
     "pretrain": Program("vla.pretrain", "make the built-in backbone anew"),
 }
 
@@ -105,9 +113,10 @@ def parse(argv: Sequence[str]) -> tuple[Program, Any]:
     settings_type = getattr(module, program.settings)
     presets: dict[str, Any] = {k: v for k, v in vars(module).get("PRESETS", {}).items() if isinstance(v, settings_type)}
     defaults = {}
-    if rest and not rest[0].startswith("-"):
+    if rest and not rest[0].startswith("-") and not program.has_words:
         if rest[0] not in presets:
-            raise _unknown("preset", rest[0], list(presets), f"vla {name}")
+            words = [other.removeprefix(f"{name} ") for other in PROGRAMS if other.startswith(f"{name} ")]
+            raise _unknown("preset", rest[0], [*presets, *words], f"vla {name}")
         defaults = {"default": presets[rest[0]]}
         rest = rest[1:]
 
@@ -140,6 +149,12 @@ def _run_with_suite(run: Callable[..., Any], settings: Any) -> Any:
     return run(settings, get_suite(settings.suite, settings.tasks))
 
 
+def _run_with_experts(run: Callable[..., Any], settings: Any) -> Any:
+    from vla.eval.suites import get_suite
+
+    return run(settings, get_suite(settings.suite, settings.tasks, expert=True))
+
+
 def _run_with_policy(run: Callable[..., Any], settings: Any) -> Any:
     if not settings.policy.startswith(("http://", "https://")) or settings.dry_run:
         return run(settings)
@@ -148,7 +163,7 @@ def _run_with_policy(run: Callable[..., Any], settings: Any) -> Any:
     return run(settings, policy=RemotePolicy(settings.policy))
 
 
-_CALLS = {"": _run_alone, "suite": _run_with_suite, "policy": _run_with_policy}
+_CALLS = {"": _run_alone, "suite": _run_with_suite, "expert": _run_with_experts, "policy": _run_with_policy}
 
 
 def _split_program(argv: Sequence[str]) -> tuple[str, list[str]]:

@@ -2,7 +2,7 @@
 
 A slot holds one episode. Environments outlive episodes: one that a slot gives back is re-targeted (reset with a new seed)
 by the next episode of the same task. Frames are drawn only where somebody looks: the first step of an episode, the last
-executed step of a chunk, and every `render_every`-th step of an episode that is filmed.
+executed step of a chunk (unless the policy reads no images), and every `render_every`-th step of a filmed episode.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class EnvReply:
     """Latched since the reset."""
     ended: bool = False
     frames: list[np.ndarray] = field(default_factory=list)
-    """Frames of the film, first camera, uint8 (height, width, 3)."""
+    """The film, uint8 (height, width, 3): of each filmed step the first camera's frame, the second's, ..."""
 
 
 @dataclass
@@ -53,19 +53,20 @@ class EnvHost:
         self._slots: dict[int, _Slot] = {}
         self._idle: list[_Slot] = []  # oldest first
 
-    def reset(self, slot: int, task: str, seed: int) -> EnvReply:
-        """Start an episode; EnvFault if the simulator fails, VlaError if the user can mend it."""
+    def reset(self, slot: int, task: str, seed: int, draw: bool = True) -> EnvReply:
+        """Start an episode; EnvFault if the simulator fails, VlaError if the user can mend it. `draw`: the first frame."""
         self._release(slot)
         found = guarded("make", lambda: self._take(task))
+        self._trim_idle()
         self._slots[slot] = found
-        found.env.render_frames = True
-        observation = guarded("reset", lambda: self._checked(found.env.reset(seed=seed)[0], True))
-        return EnvReply(observation)
+        found.env.render_frames = draw
+        observation = guarded("reset", lambda: self._checked(found.env.reset(seed=seed)[0], draw))
+        return EnvReply(observation if draw else without_images(observation))
 
-    def run_chunk(self, slot: int, actions: np.ndarray, render_every: int = 0) -> EnvReply:
-        """Execute float32 (n, D) actions until the episode ends. `render_every` 0: no film."""
+    def run_chunk(self, slot: int, actions: np.ndarray, render_every: int = 0, draw: bool = True) -> EnvReply:
+        """Execute float32 (n, D) actions until the episode ends. `render_every` 0: no film. `draw`: the last frame."""
         state = self._slots[slot]
-        return guarded("step", lambda: self._steps(state, actions, render_every))
+        return guarded("step", lambda: self._steps(state, actions, render_every, draw))
 
     def close(self) -> None:
         for state in [*self._slots.values(), *self._idle]:
@@ -73,28 +74,31 @@ class EnvHost:
         self._slots.clear()
         self._idle.clear()
 
-    def _steps(self, state: _Slot, actions: np.ndarray, render_every: int) -> EnvReply:
+    def _steps(self, state: _Slot, actions: np.ndarray, render_every: int, draw: bool) -> EnvReply:
         frames: list[np.ndarray] = []
         for i, action in enumerate(actions):
             state.n_steps += 1
             filmed = render_every > 0 and state.n_steps % render_every == 0
             final = state.n_steps >= state.task.max_steps
-            seen = i == len(actions) - 1 and not final  # nobody sees the frame after the last step
+            seen = draw and i == len(actions) - 1 and not final  # nobody sees the frame after the last step
             state.env.render_frames = seen or filmed
             observation, _, terminated, truncated, info = state.env.step(action)
             observation = self._checked(observation, seen or filmed)
             state.success |= bool(info["success"])
             if filmed:
-                frames.append(observation.images[self._suite.cameras[0]])
+                frames.extend(observation.images[camera] for camera in self._suite.cameras)
             if terminated or truncated or final:
                 return EnvReply(without_images(observation), i + 1, state.success, True, frames)
-        return EnvReply(observation, len(actions), state.success, False, frames)
+        return EnvReply(
+            observation if draw else without_images(observation), len(actions), state.success, False, frames
+        )
 
     def _take(self, task: str) -> _Slot:
         for i, state in enumerate(self._idle):
             if state.task.name == task:
                 del self._idle[i]
                 return _Slot(state.task, state.env)
+        self._trim_idle()  # before another one needs memory
         return _Slot(self._tasks[task], self._suite.make(task))
 
     def _release(self, slot: int) -> None:
@@ -102,7 +106,9 @@ class EnvHost:
         if state is None:
             return
         self._idle.append(state)
-        if len(self._idle) > self._max_idle_envs:
+
+    def _trim_idle(self) -> None:
+        while len(self._idle) > self._max_idle_envs:
             self._idle.pop(0).env.close()
 
     def _checked(self, observation: Observation, with_images: bool) -> Observation:

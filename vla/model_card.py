@@ -5,7 +5,16 @@ from __future__ import annotations
 import json
 
 from vla.normalize import Statistics
-from vla.spec import PolicySpec
+from vla.spec import ImageSpec, PolicySpec
+
+
+def _image_path(image: ImageSpec) -> str:
+    """The steps of `vla.inputs.prepare_image` in words, in order."""
+    crop = [f"centre crop of {image.crop_area:g} of the area"] if image.crop_area < 1.0 else []
+    resize = [f"{image.resize_filter} to {image.size_px} px" + (", padded" if image.fit == "pad" else "")]
+    steps = [f"turned {image.rotation_deg}°"] if image.rotation_deg else []
+    steps += [f"JPEG {image.jpeg_quality}"] if image.jpeg_quality is not None else []
+    return " → ".join(steps + (crop + resize if image.crop_order == "before_resize" else resize + crop))
 
 
 def model_card(spec: PolicySpec, statistics: Statistics) -> str:
@@ -18,10 +27,8 @@ def model_card(spec: PolicySpec, statistics: Statistics) -> str:
     action, image = spec.action, spec.image
     rows = [
         ("backbone", f"{spec.backbone.source} ({spec.backbone.model_type}), {spec.backbone.weights} weights"),
-        (
-            "cameras",
-            f"{', '.join(image.cameras)} at {image.size_px} px, {image.resize_filter}, rotated {image.rotation_deg}°",
-        ),
+        ("cameras", f"{', '.join(image.cameras)} at {image.size_px} px"),
+        ("image path", _image_path(image)),
         ("action", f"{action.dim} dimensions ({', '.join(action.names)}), {'delta' if action.delta else 'absolute'}"),
         ("chunk", f"{action.horizon} actions, {action.control_hz:g} Hz"),
         ("gripper", action.gripper_convention or "none"),

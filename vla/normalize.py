@@ -37,6 +37,26 @@ class ActionNormalizer:
         return np.where(self.mask, 0.5 * (actions + 1.0) * (self.q99 - self.q01) + self.q01, actions).astype(np.float32)
 
 
+def gripper_to_robot(
+    actions: np.ndarray, dim: int | None, gripper_range: str = "signed", threshold: float | None = None, invert: bool = False
+) -> np.ndarray:  # fmt: skip
+    """Actions (..., D) with the gripper as the data has it -> a copy with the gripper as the robot wants it.
+
+    The fields of `vla.spec.ActionSpec` in its order: range 0..1 to -1..1, threshold to -1 or +1, turn of the sign. A
+    value that is the threshold itself gives 0, as `np.sign` in OpenVLA's; NaN stays NaN.
+    """
+    if dim is None or (gripper_range, threshold, invert) == ("signed", None, False):
+        return actions
+    out = actions.copy()
+    gripper = out[..., dim]
+    if threshold is not None:
+        gripper = np.sign(gripper - actions.dtype.type(threshold))
+    elif gripper_range == "unit":
+        gripper = 2.0 * gripper - 1.0
+    out[..., dim] = -gripper if invert else gripper
+    return out
+
+
 def action_normalizer(statistics: Statistics, unnorm_key: str | None, dim: int) -> ActionNormalizer:
     """The normaliser of `unnorm_key`, which may be None if there is exactly one dataset.
 

@@ -20,7 +20,7 @@ from vla.backbone import Backbone, fingerprint, load_backbone
 from vla.files import write_json, write_text
 from vla.inputs import prepare_images, prepare_prompt
 from vla.model_card import model_card
-from vla.normalize import Statistics, action_normalizer, choose_key
+from vla.normalize import Statistics, action_normalizer, choose_key, gripper_to_robot
 from vla.quantize import quantize_loaded, quantized_options, weight_bytes
 from vla.spec import FILE, ActionSpec, BackboneSpec, ImageSpec, PolicySpec, PromptSpec, TokenSpec, read_spec, to_json
 from vla.tokenizers.chunk_codec import ActionCodec
@@ -89,8 +89,15 @@ class LocalPolicy:
         )
         token_ids, logprob_rows = ids.cpu().numpy(), logprobs.float().cpu().numpy()
         normalized, ok = self.codec.decode(token_ids)
-        actions = self.normalizer.unnormalize(normalized)
+        actions = self.to_robot(self.normalizer.unnormalize(normalized))
         return [ActionChunk(actions[i], token_ids[i], logprob_rows[i], bool(ok[i])) for i in range(len(observations))]
+
+    def to_robot(self, actions: np.ndarray) -> np.ndarray:
+        """Actions (..., D) as the data has them -> as the robot wants them: only the gripper can differ."""
+        spec = self.spec.action
+        return gripper_to_robot(
+            actions, spec.gripper_dim, spec.gripper_range, spec.gripper_threshold, spec.gripper_invert
+        )
 
     def action_token_ids(self, actions: np.ndarray, dataset: str) -> torch.Tensor:
         """Physical actions (B, H, D) of one dataset -> int64 ids (B, T)."""

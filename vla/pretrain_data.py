@@ -20,12 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from vla.eval.metaworld_suite import CAMERA, INSTRUCTIONS, MetaWorldEnv, MetaWorldSuite
+from vla.eval.metaworld_suite import CAMERA, MetaWorldEnv, MetaWorldSuite
+from vla.eval.metaworld_tasks import PRETRAINED_TASKS
 from vla.files import write_bytes
 from vla.types import Observation, Policy, problem
 
 IMAGE_SIZE_PX = 160
-TASKS = tuple(INSTRUCTIONS)
+TASKS = PRETRAINED_TASKS
 CHUNK_IMAGES = 1000
 FIRST_SEED = {"train": 10_000_000, "heldout": 1_000_000_000}  # far from the seeds of demonstrations and evaluations
 WORKSPACE_M = np.array([[-0.5, 0.35, 0.0], [0.5, 1.0, 0.5]])  # what 0 and 255 mean in a position answer
@@ -139,7 +140,9 @@ class Scene:
     """One task's simulator, with ways to bring it into many states."""
 
     def __init__(self, task: str) -> None:
-        suite = MetaWorldSuite((task,), image_size_px=IMAGE_SIZE_PX, max_steps=1000, action_repeat=1)
+        suite = MetaWorldSuite(
+            (task,), image_size_px=IMAGE_SIZE_PX, max_steps=1000, action_repeat=1, max_renderers=len(TASKS)
+        )
         self.env: MetaWorldEnv = suite.make(task)
         self.env.render_frames = False
         self.expert: Policy = suite.expert(task)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vla.eval.metaworld_suite import INSTRUCTIONS
+from vla.eval.metaworld_tasks import INSTRUCTIONS
 from vla.pretrain_data import COLOURS, FACTS, IMAGE_SIZE_PX, NO_COLOUR, TASKS, WORKSPACE_M
 
 RELATIVE_STEP_M = 0.002

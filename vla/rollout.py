@@ -19,7 +19,7 @@ from multiprocessing import connection
 
 import numpy as np
 
-from vla.env_host import EnvReply
+from vla.env_host import EnvReply, without_images
 from vla.types import ActionChunk, EpisodeRequest, EpisodeResult, Observation, Policy, Query, Suite, VlaError, problem
 from vla.worker_pool import WorkerPool
 from vla.workers import DEFAULT_DEADLINES, Deadlines, WorkerFault
@@ -84,14 +84,15 @@ def run_episodes(
     """Run every request once; a simulator fault re-runs it once more, a second one is reported as `fault`.
 
     Requests are drawn only when a slot is free, so they may be infinite. Closing the generator ends the workers.
+    A policy whose metadata says `"reads_images": False` gets observations without images: only a film's frames are drawn.
 
     Args:
         n_workers: environment processes; 0 runs the environments in this process.
         n_execute: how many actions of each chunk to execute before asking again; None: all.
         ordered: yield in the order of the requests instead of the order of completion. Take this when only some of an
             infinite stream's results are used: the first to complete are the short episodes, hence the successes.
-        keep_frames: True, or which requests: keep the frames the policy saw, first camera; with `render_every` = k
-            the first frame and every k-th step instead.
+        keep_frames: True, or which requests: keep the frames the policy saw, all cameras side by side; with
+            `render_every` = k the first frame and every k-th step instead.
         on_result: called at completion, in that order.
         max_fault_fraction: more than this share of attempts (of at least 10) ending in a fault raises VlaError.
         min_batch: ask the policy as soon as so many slots are ready; default: half of them.
@@ -145,6 +146,11 @@ def run_episodes(
     return results()
 
 
+def side_by_side(observation: Observation, suite: Suite) -> np.ndarray:
+    """uint8 (height, C * width, 3)."""
+    return np.concatenate([observation.images[camera] for camera in suite.cameras], 1)
+
+
 def check_control_rate(policy: Policy, suite: Suite) -> None:
     """A policy's deltas belong to the rate of its data: at half the rate the robot goes half as far, without a word.
 
@@ -173,6 +179,7 @@ class _Engine:
         self, policy: Policy, pool: WorkerPool, requests: Iterator[EpisodeRequest], stats: RolloutStats
     ) -> None:
         self.policy, self.pool, self.requests, self.stats = policy, pool, requests, stats
+        self.reads_images = policy.metadata.get("reads_images") is not False
         self.tasks = {task.name for task in pool.suite.tasks}
         # Worker first, so that few episodes are spread over all workers.
         self.free = [(w, s) for s in range(pool.slots_per_worker) for w in range(len(pool.workers))]
@@ -208,7 +215,8 @@ class _Engine:
             self.free.remove(slot)
             self.running[slot] = episode
             episode.started_at = time.monotonic()
-            self.pool.workers[slot[0]].reset(slot[1], episode.request.task, episode.request.seed)
+            draw = self.reads_images or self.film(episode.request)
+            self.pool.workers[slot[0]].reset(slot[1], episode.request.task, episode.request.seed, draw)
 
     def _next_request(self) -> _Episode | None:
         request = None if self.exhausted else next(self.requests, None)
@@ -253,14 +261,18 @@ class _Engine:
             observation, chunk, latency_ms = episode.asked
             episode.queries.append(Query(observation, chunk, reply.n_executed, latency_ms))
         if self.film(episode.request):
-            episode.frames.extend(reply.frames)
+            n_cameras = len(self.pool.suite.cameras)
+            episode.frames.extend(
+                np.concatenate(reply.frames[i : i + n_cameras], 1) for i in range(0, len(reply.frames), n_cameras)
+            )
             if not reply.ended and (episode.asked is None or not self.render_every):
-                episode.frames.append(reply.observation.images[self.pool.suite.cameras[0]])
+                episode.frames.append(side_by_side(reply.observation, self.pool.suite))
         if reply.ended:
             self._finish(slot, success=reply.success)
             return
         key = (*episode.request.key, episode.n_queries) if episode.request.key else ()
-        episode.observation = replace(reply.observation, key=key)
+        observation = reply.observation if self.reads_images else without_images(reply.observation)
+        episode.observation = replace(observation, key=key)
         episode.ready_at = time.monotonic()
         self.ready.append(slot)
 
@@ -325,9 +337,11 @@ class _Engine:
             self._finish(slot, undecodable=1)
             return
         self._check_chunk(chunk)
-        render_every = self.render_every if self.film(episode.request) else 0
+        filmed = self.film(episode.request)
+        render_every = self.render_every if filmed else 0
+        draw = self.reads_images or (filmed and not render_every)
         actions = np.ascontiguousarray(chunk.actions[: self.n_execute], np.float32)
-        self.pool.workers[slot[0]].run_chunk(slot[1], actions, render_every)
+        self.pool.workers[slot[0]].run_chunk(slot[1], actions, render_every, draw)
 
     def _check_chunk(self, chunk: ActionChunk) -> None:
         n_names = len(self.pool.suite.action_names)

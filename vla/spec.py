@@ -33,7 +33,13 @@ class ActionSpec:
     gripper_dim: int | None = None
     """Index of the gripper in an action; None without one."""
     gripper_convention: str = ""
-    """In words, e.g. '+1 closes, -1 opens'."""
+    """In words, e.g. '+1 closes, -1 opens': of the actions the policy learns from."""
+    gripper_range: Literal["signed", "unit"] = "signed"
+    """Of the gripper the policy learns from. unit: 0..1, brought to -1..1 before the action leaves the policy."""
+    gripper_threshold: float | None = None
+    """Rounds the gripper to -1 below and +1 above this value, given in `gripper_range`; None: it stays continuous."""
+    gripper_invert: bool = False
+    """Turns the gripper's sign last, for a robot whose signs are the opposite of the data's."""
     control_hz: float = 0.0
     """Control rate of the training data; 0 if unknown."""
 
@@ -50,11 +56,20 @@ class ImageSpec:
     """Names looked up in `Observation.images`, in the order the model sees them."""
     size_px: int
     """Frames are resized to size_px x size_px."""
-    resize_filter: Literal["nearest", "bilinear", "bicubic", "lanczos", "box"] = "lanczos"
+    resize_filter: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "lanczos3"] = "lanczos"
+    """lanczos3 is TensorFlow's, with antialias; the others are Pillow's, whose `lanczos` rounds more often."""
     crop_area: float = 1.0
-    """Share of the area kept by a centre crop before resizing; 0.9 after training with OpenVLA's random crops."""
+    """Share of the area kept by a centre crop; 0.9 after training with OpenVLA's random crops."""
     rotation_deg: Literal[0, 90, 180, 270] = 0
     """Counter-clockwise turn applied first; 180 for LIBERO's raw cameras."""
+    jpeg_quality: int | None = None
+    """After the turn, the frame is stored as JPEG of this quality and read back, both as TensorFlow does; None: not.
+    OpenVLA's data went through 95, the default of `tf.io.encode_jpeg`."""
+    crop_order: Literal["before_resize", "after_resize"] = "before_resize"
+    """before_resize: crop and resize in one step. after_resize: OpenVLA's, the whole frame is resized, then the crop is
+    brought back to size_px by `tf.image.crop_and_resize` (bilinear)."""
+    fit: Literal["stretch", "pad"] = "stretch"
+    """Of frames that are not square: stretched, or made square by black borders as openpi does."""
 
 
 @dataclass(frozen=True)
@@ -134,15 +149,11 @@ def check(spec: PolicySpec) -> None:
         raise problem(f"policy format {spec.format_version}", f"{FORMAT_VERSION}", "use the toolkit that wrote it")
     if action.dim < 1 or action.horizon < 1:
         raise problem(f"{action.dim} dimensions x {action.horizon} steps", "at least 1 x 1", "correct `action`")
-    if action.gripper_dim is not None and not 0 <= action.gripper_dim < action.dim:
-        raise problem(f"gripper_dim {action.gripper_dim}", f"0..{action.dim - 1}", "correct `action.gripper_dim`")
+    _check_gripper(action)
     n_symbols = Placement.load(tokens.placement).n_symbols
     if n_symbols != tokens.bins:
         raise problem(f"{n_symbols} token ids", f"{tokens.bins}, one per bin", "correct `tokens`")
-    if not spec.image.cameras:
-        raise problem("no cameras", "at least one camera name", "correct `image.cameras`")
-    if not 0.0 < spec.image.crop_area <= 1.0:
-        raise problem(f"crop_area {spec.image.crop_area}", "0 < crop_area <= 1", "correct `image.crop_area`")
+    _check_image(spec.image)
     if "{instruction}" not in prompt.template:
         raise problem(f"template {prompt.template!r}", "a template with {instruction}", "correct `prompt.template`")
     if ("{state}" in prompt.template) != bool(prompt.state_names):
@@ -152,6 +163,39 @@ def check(spec: PolicySpec) -> None:
         raise problem(
             "state names and bounds of different lengths", "one low and one high per name", "correct `prompt`"
         )
+
+
+def _check_gripper(action: ActionSpec) -> None:
+    if action.gripper_dim is None:
+        if (action.gripper_range, action.gripper_threshold, action.gripper_invert) != ("signed", None, False):
+            got = f"range {action.gripper_range}, threshold {action.gripper_threshold}, invert {action.gripper_invert}"
+            raise problem(f"gripper {got} without a gripper_dim", "its index in an action", "set `action.gripper_dim`")
+        return
+    if not 0 <= action.gripper_dim < action.dim:
+        raise problem(f"gripper_dim {action.gripper_dim}", f"0..{action.dim - 1}", "correct `action.gripper_dim`")
+    low = 0.0 if action.gripper_range == "unit" else -1.0
+    if action.gripper_threshold is not None and not low < action.gripper_threshold < 1.0:
+        raise problem(f"gripper_threshold {action.gripper_threshold} with gripper_range {action.gripper_range!r}",
+                      f"{low:g} < gripper_threshold < 1, or null", "correct `action.gripper_threshold`")  # fmt: skip
+
+
+def _check_image(image: ImageSpec) -> None:
+    if not image.cameras:
+        raise problem("no cameras", "at least one camera name", "correct `image.cameras`")
+    if len(set(image.cameras)) != len(image.cameras):
+        raise problem(f"cameras {', '.join(image.cameras)}", "each camera once", "correct `image.cameras`")
+    if image.size_px < 1:
+        raise problem(f"size_px {image.size_px}", "at least 1", "correct `image.size_px`")
+    if not 0.0 < image.crop_area <= 1.0:
+        raise problem(f"crop_area {image.crop_area}", "0 < crop_area <= 1", "correct `image.crop_area`")
+    if image.crop_area < 1.0 and image.crop_order == "before_resize" and image.fit == "pad":
+        raise problem(f"fit 'pad' with crop_area {image.crop_area} before resizing", "crop_order 'after_resize' or "
+                      "fit 'stretch'", "correct `image`")  # fmt: skip
+    if image.crop_area == 1.0 and image.crop_order == "after_resize":
+        raise problem("crop_order 'after_resize' with crop_area 1, which crops nothing", "crop_area < 1, or crop_order "
+                      "'before_resize'", "correct `image`")  # fmt: skip
+    if image.jpeg_quality is not None and not 1 <= image.jpeg_quality <= 100:
+        raise problem(f"jpeg_quality {image.jpeg_quality}", "1..100, or null", "correct `image.jpeg_quality`")
 
 
 def to_json(spec: PolicySpec) -> dict[str, Any]:

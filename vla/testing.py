@@ -6,6 +6,7 @@ The task: move a red square onto a green one. Faults can be planted per (task, s
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ IMAGE_SIZE_PX = 32
 MAX_MOVE = 0.1
 GOAL_RADIUS = 0.06
 FAULT_STEP = 3
-FAULT_KINDS = ("exit", "hang", "raise_reset", "raise_step", "garbage_shape", "nan")
+FAULT_KINDS = ("exit", "segfault", "hang", "raise_reset", "raise_step", "garbage_shape", "garbage_image", "nan")
 
 
 class FakeEnv:
@@ -48,6 +49,8 @@ class FakeEnv:
         time.sleep(self.suite.step_sleep_s)
         if self.n_steps == FAULT_STEP and self._fault_due(("exit",)):
             os._exit(1)
+        if self.n_steps == FAULT_STEP and self._fault_due(("segfault",)):
+            os.kill(os.getpid(), signal.SIGSEGV)
         if self.n_steps == FAULT_STEP and self._fault_due(("hang",)):
             time.sleep(3600.0)
         if self.n_steps == FAULT_STEP and self._fault_due(("raise_step",)):
@@ -75,15 +78,18 @@ class FakeEnv:
         state = self.hand.astype(np.float32)
         if self.n_steps >= FAULT_STEP and self._fault_due(("garbage_shape",)):
             state = np.zeros(7, np.float32)
+        if images and self._fault_due(("garbage_image",)):
+            images = {CAMERA: images[CAMERA][:5].astype(np.float32)}
         return Observation(images, state, self.task.instruction, privileged=np.concatenate([self.hand, self.goal]))
 
     def _fault_due(self, kinds: tuple[str, ...]) -> bool:
-        planted = [kind for task, seed, kind in self.suite.faults if (task, seed) == (self.task.name, self.seed)]
+        me = (self.task.name, self.seed)
+        planted = [kind for task, seed, kind in (*self.suite.faults, *self.suite.passing_faults) if (task, seed) == me]
         if not planted or planted[0] not in kinds:
             return False
-        if self.suite.faults_once_in is None:
+        if self.suite.passed_in is None or (*me, planted[0]) not in self.suite.passing_faults:
             return True
-        marker = Path(self.suite.faults_once_in) / f"{self.task.name}-{self.seed}-{planted[0]}"
+        marker = Path(self.suite.passed_in) / f"{self.task.name}-{self.seed}-{planted[0]}"
         if marker.exists():
             return False
         marker.touch()
@@ -93,7 +99,7 @@ class FakeEnv:
 class FakeExpert:
     """Goes straight to the goal. Reads the privileged state: hand x, y, goal x, y."""
 
-    metadata = {"name": "expert/fake", "horizon": 1, "action_dim": 2}
+    metadata = {"name": "expert/fake", "horizon": 1, "action_dim": 2, "reads_images": False}
 
     def act(self, observations: Sequence[Observation]) -> list[ActionChunk]:
         return [ActionChunk(_towards_goal(observation)[None]) for observation in observations]
@@ -146,14 +152,19 @@ class FakeSuite:
     task_names: tuple[str, ...] = ("reach-near", "reach-far")
     max_steps: int = 12
     faults: tuple[tuple[str, int, str], ...] = ()
-    """(task, seed, kind): that episode fails in that way (`FAULT_KINDS`), at its third step."""
-    faults_once_in: str | None = None
-    """A folder: each fault happens once and leaves a marker there. None: at every attempt."""
+    """(task, seed, kind): that episode fails in that way (`FAULT_KINDS`), at its third step or, for
+    raise_reset and garbage_image, at once."""
+    passing_faults: tuple[tuple[str, int, str], ...] = ()
+    """The same, but each strikes at the first attempt only."""
+    passed_in: str | None = None
+    """A folder for the marks of passing faults that have struck; needed if there are any."""
     step_sleep_s: float = 0.0
     name: str = "fake"
     image_size_px: int = IMAGE_SIZE_PX
     cameras: tuple[str, ...] = (CAMERA,)
     control_hz: float = 10.0
+    frames_upside_down: bool = False
+    default_slots: int = 16
     action_names: tuple[str, ...] = ("dx", "dy")
     state_names: tuple[str, ...] = ("x", "y")
 

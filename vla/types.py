@@ -105,7 +105,7 @@ class Env(Protocol):
     """One simulator instance for one task, with Gymnasium's `reset` / `step`."""
 
     render_frames: bool
-    """While False, `step` returns observations without images, so that only frames somebody sees are drawn."""
+    """While False, `reset` and `step` return observations without images: only frames somebody sees are drawn."""
 
     def reset(self, *, seed: int, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
         """Same seed, same initial state, bit for bit."""
@@ -140,6 +140,17 @@ class Suite(Protocol):
     def image_size_px(self) -> int: ...
     @property
     def control_hz(self) -> float: ...
+    @property
+    def default_slots(self) -> int:
+        """Environments that fit in one simulator process, where the user does not say: a matter of their memory."""
+        ...
+
+    @property
+    def frames_upside_down(self) -> bool:
+        """True if the cameras' frames come bottom row first, as OpenGL draws. Videos and reports turn them over;
+        observations are left as they are."""
+        ...
+
     @property
     def action_names(self) -> Sequence[str]: ...
     @property
@@ -206,7 +217,7 @@ class EpisodeResult:
     queries: Sequence[Query] = ()
     """Empty unless the caller asked to keep them."""
     frames: Sequence[np.ndarray] = ()
-    """uint8 (height, width, 3), the frames the policy saw; empty unless asked for."""
+    """uint8 (height, C * width, 3), all cameras side by side, as the policy saw them; empty unless asked for."""
     fault: str | None = None
     """Why the simulator failed (crash, hang, NaN); such an episode is neither a success nor a failure."""
     undecodable: int = 0

@@ -21,11 +21,11 @@ class LocalWorker:
         self._calls: list[tuple[int, Any]] = []
         self.n_restarts = 0
 
-    def reset(self, slot: int, task: str, seed: int) -> None:
-        self._calls.append((slot, lambda: self._host.reset(slot, task, seed)))
+    def reset(self, slot: int, task: str, seed: int, draw: bool = True) -> None:
+        self._calls.append((slot, lambda: self._host.reset(slot, task, seed, draw)))
 
-    def run_chunk(self, slot: int, actions: np.ndarray, render_every: int = 0) -> None:
-        self._calls.append((slot, lambda: self._host.run_chunk(slot, actions, render_every)))
+    def run_chunk(self, slot: int, actions: np.ndarray, render_every: int = 0, draw: bool = True) -> None:
+        self._calls.append((slot, lambda: self._host.run_chunk(slot, actions, render_every, draw)))
 
     def poll(self) -> tuple[list[tuple[int, EnvReply]], WorkerFault | None]:
         """Execute everything asked for."""
@@ -67,8 +67,10 @@ class WorkerPool:
         slots_per_worker: int = 4,
         *,
         deadlines: Deadlines = DEFAULT_DEADLINES,
-        max_idle_envs: int = 8,
+        max_idle_envs: int | None = None,
     ) -> None:
+        """`max_idle_envs`: kept by each process for later episodes; default: half as many as the suite's slots."""
+        max_idle_envs = suite.default_slots // 2 if max_idle_envs is None else max_idle_envs
         self.suite, self.slots_per_worker = suite, slots_per_worker
         self.workers: Sequence[EnvWorker | LocalWorker]
         if n_workers == 0:

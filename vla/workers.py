@@ -80,13 +80,14 @@ class EnvWorker:
     def pid(self) -> int | None:
         return None if self._process is None else self._process.pid
 
-    def reset(self, slot: int, task: str, seed: int) -> None:
-        self._send(slot, "reset", self._deadlines.reset_timeout_s, 0, (task, seed))
+    def reset(self, slot: int, task: str, seed: int, draw: bool = True) -> None:
+        """Start an episode; `draw` says whether anybody looks at its first frame."""
+        self._send(slot, "reset", self._deadlines.reset_timeout_s, 0, (task, seed, draw))
 
-    def run_chunk(self, slot: int, actions: np.ndarray, render_every: int = 0) -> None:
-        """Actions are float32 (n, D); all n are executed unless the episode ends first."""
-        n_frames = len(actions) // render_every + 1 if render_every else 0
-        self._send(slot, "chunk", self._deadlines.step_timeout_s, n_frames, (actions, render_every))
+    def run_chunk(self, slot: int, actions: np.ndarray, render_every: int = 0, draw: bool = True) -> None:
+        """Actions are float32 (n, D); all n are executed unless the episode ends first. `draw`: the last frame."""
+        n_frames = (len(actions) // render_every + 1) * len(self._suite.cameras) if render_every else 0
+        self._send(slot, "chunk", self._deadlines.step_timeout_s, n_frames, (actions, render_every, draw))
 
     def poll(self) -> tuple[list[tuple[int, EnvReply]], WorkerFault | None]:
         """Answers since the last poll, and the fault that ended the process, if one did. VlaError: the user's mistake."""
