@@ -16,7 +16,7 @@ import pytest
 from vla import demo
 from vla.types import VlaError
 
-QUICK = ["quick", "--tasks", "faucet-open", "--demos-per-task", "2", "--sft-steps", "8",
+QUICK = ["quick", "--tasks", "faucet-open", "--demos-per-task", "3", "--sft-steps", "8",
          "--rl-iterations", "2", "--eval-episodes-per-task", "1"]  # fmt: skip
 
 
