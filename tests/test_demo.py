@@ -56,16 +56,20 @@ def test_killed_during_rl_it_goes_on_where_it_was(tmp_path: Path) -> None:
         time.sleep(0.2)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
-    done = {path: path.stat().st_mtime_ns for name in ("demos/meta", "sft/policy", "eval-sft")
-            for path in (out / name).rglob("*") if path.is_file()}  # fmt: skip
+    done = {path: (path.stat().st_mtime_ns, path.read_bytes()) for name in ("demos", "sft/policy", "eval-sft")
+            for path in (out / name).rglob("*") if path.suffix in (".safetensors", ".mp4", ".png", ".parquet", ".jsonl")}  # fmt: skip
     iteration = (out / "rl" / "metrics.jsonl").read_text().splitlines()[0]
     assert done and not (out / "report.html").exists()
 
     second = start()
     assert second.wait(timeout=300) == 0, log.read_text()
     assert (out / "rl" / "metrics.jsonl").read_text().splitlines()[0] == iteration
-    weights = [path for path in done if path.suffix in (".safetensors", ".parquet", ".mp4", ".jsonl")]
-    assert weights and all(path.stat().st_mtime_ns == done[path] for path in weights)
+    assert {path.suffix for path in done} >= {".safetensors", ".mp4", ".parquet", ".jsonl"}
+    for path, (changed_ns, content) in done.items():
+        assert path.read_bytes() == content, path
+        assert path.suffix not in (".safetensors", ".mp4") or path.stat().st_mtime_ns == changed_ns, (
+            f"{path} made again"
+        )
     assert "<table" in (out / "report.html").read_text()
     assert set(json.loads((out / "summary.json").read_text())["success"]) == {
         "after SFT", "after RL", "RL, quantized, over HTTP"
