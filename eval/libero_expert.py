@@ -280,7 +280,7 @@ class LiberoExpert:
         options = [np.stack([sign * first, np.cross(approach, sign * first), approach], 1) for sign in (1.0, -1.0)]
         return max(options, key=lambda option: float(np.trace(option.T @ self._rest)))
 
-    def _leaning(self, pull: np.ndarray) -> List[Tuple[np.ndarray, float]]:
+    def _leaning(self, pull: np.ndarray) -> list[tuple[np.ndarray, float]]:
         return [(self._lean_back(pull, angle), 0.2 * angle) for angle in np.arange(0.2, 1.6, 0.15)]
 
     # --- planning ---------------------------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ def find_grasp(
     for rotation, own_cost in rotations:
         likely = centres[_centred(held.at(centres[:, None] + _CLOSING[4::9] @ rotation.T))]
         profile = held.at(likely[:, None] + _CLOSING @ rotation.T).reshape(len(likely), 19, 9)
-        good = _centred(profile.any(2))
+        good = _centred(np.asarray(profile.any(2)))
         points = likely[good]
         if len(points) == 0:
             continue
