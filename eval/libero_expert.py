@@ -98,8 +98,6 @@ class LiberoExpert:
         body = self._env.env.obj_body_id[name]
         if self._shut(target):
             yield from self._move_door(target, True)
-            if self._shut(target):
-                return
         grasp = self._plan_grasp(name)
         if grasp is None:
             self.phase = "no grasp"
@@ -173,13 +171,13 @@ class LiberoExpert:
         yield from self._travel(grasp.position + back, grasp.rotation, 0.0)
         self.phase = "reach handle"
         yield from self._go(grasp.position + back, grasp.rotation, 0.015, limit=40)
-        yield from self._go(grasp.position, grasp.rotation, 0.004, limit=30)
+        yield from self._go(grasp.position, grasp.rotation, 0.008, limit=25)
         yield from self._squeeze(SHUT, 12)
         self.phase = "pull"
         start = self._data.xpos[body].copy()
         end = self._hand() + 0.19 * pull
-        for _ in range(45):
-            if (self._data.xpos[body] - start) @ pull > 0.155 or self._data.qpos[self._fingers].max() < 0.004:
+        for _ in range(60):
+            if (self._data.xpos[body] - start) @ pull > 0.155:
                 break
             yield self._servo(end, grasp.rotation)
         yield from self._squeeze(OPEN, 6)

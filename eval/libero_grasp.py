@@ -20,7 +20,7 @@ mujoco: Any = _mujoco  # its types leave out most of what it has
 CELL = 0.004
 # The Panda's hand, measured from its geoms in the frame of the grip site. Fingers open: inner faces 38 mm from the axis.
 FINGER_TIP = 0.0125
-HAND_BOTTOM = -0.030
+HAND_BOTTOM, HAND_TOP = -0.026, -0.13
 SHOULDER_HEIGHT, COMFORTABLE = 0.333, 0.66  # of the Panda; beyond 0.70 m from shoulder to wrist the elbow is straight
 
 
@@ -99,22 +99,12 @@ def _grid(*axes: Iterable[float]) -> np.ndarray:
 
 
 _CLOSING = _grid(np.arange(-9, 10) * 0.004, (-0.006, 0.0, 0.006), (-0.009, -0.003, 0.003))  # (19 * 9, 3)
-_SIDES = np.array([-1.0, 1.0])
-_FINGERS = np.concatenate(
-    [  # the fingers taper towards their tips
-        _grid(np.outer(_SIDES, outer).ravel(), (-0.011, -0.004, 0.004, 0.011), heights)
-        for outer, heights in (
-            ((0.041, 0.047, 0.054), (-0.008, 0.002, FINGER_TIP)),
-            ((0.041, 0.047, 0.054, 0.060, 0.066), (-0.04, -0.02)),
-        )
-    ]
+_FINGERS = _grid(
+    (-0.067, -0.061, -0.054, -0.047, -0.041, 0.041, 0.047, 0.054, 0.061, 0.067),
+    (-0.011, -0.004, 0.004, 0.011),
+    (-0.04, -0.02, -0.008, 0.004, FINGER_TIP),
 )
-_HAND = np.concatenate(
-    [  # and so does the palm
-        _grid(np.linspace(-0.103, 0.103, 11), (-half, 0.0, half), heights)
-        for half, heights in ((0.018, (HAND_BOTTOM, -0.05)), (0.024, (-0.07,)), (0.032, (-0.09, -0.11, -0.13)))
-    ]
-)
+_HAND = _grid(np.linspace(-0.105, 0.105, 11), (-0.032, 0.0, 0.032), np.linspace(HAND_TOP, HAND_BOTTOM, 6))
 
 
 def below(rotation: np.ndarray) -> float:
@@ -165,9 +155,7 @@ def find_grasp(
             continue
         crowded = near.at(points[:, None] + body).mean(1)
         away = np.linalg.norm((points - towards)[:, :2], axis=1) / 0.05
-        approach = rotation[:, 2]
-        surface = (target.centre @ approach - target.extent() @ np.abs(approach)).min()
-        depth = np.minimum(points @ approach - surface, 0.018) / 0.05
+        depth = np.minimum(high[2] - points[:, 2], 0.018) / 0.05
         cost = own_cost + away + 12.0 * crowded - 1.5 * contact + 0.3 * slant - 0.5 * depth
         lifted = points + [0, 0, 0.07]
         cost += 30 * (stretch(lifted, rotation[:, 2], shoulder) - COMFORTABLE).clip(0)
@@ -227,8 +215,9 @@ def find_spot(
     high = np.append(choices.max(0) + margin, others.high()[2] + CELL)
     surface = _surface(others, low, high)
     under_object = _bottom_points(held) - origin
-    opening = np.array([[u, v, FINGER_TIP] for u in (-0.06, -0.05, -0.04, 0.04, 0.05, 0.06) for v in (-0.011, 0.011)])
-    under_hand = np.concatenate([opening, _HAND]) @ hand_rotation.T + (hand - origin)
+    opening = np.array([[u, v, FINGER_TIP] for u in (-0.07, -0.055, -0.04, 0.04, 0.055, 0.07) for v in (-0.011, 0.011)])
+    palm = _grid(np.linspace(-0.105, 0.105, 11), (-0.032, 0.0, 0.032), (HAND_BOTTOM,))
+    under_hand = np.concatenate([opening, palm]) @ hand_rotation.T + (hand - origin)
     best: Spot | None = None
     for yaw in yaws:
         turn = yaw_matrix(yaw)
