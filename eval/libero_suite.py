@@ -6,7 +6,11 @@ the two fingers' positions in metres. Cameras `agentview` and `wrist`, 256 px, a
 policies want them turned by 180 degrees.
 
 Seeds: seed 1_000_000 + i starts from the benchmark's own initial state i mod 50, with fixtures placed by simulator seed
-0, as the papers do. Any other seed draws a new placement of fixtures and objects, which is none of the fifty.
+`env_seed` (the initial states do not hold where a cabinet or a stove stands). Any other seed draws a new placement of
+fixtures and objects, which is none of the fifty.
+
+The papers seed the simulator once per task, and each reset draws on: the fixtures of an episode then depend on how many
+episodes ran before it (by about 1 cm). Here every reset is seeded, so that an episode is the same wherever it runs.
 """
 
 from __future__ import annotations
@@ -70,13 +74,15 @@ class LiberoEnv:
         except USER_ERRORS as error:
             raise user_error(error, suite.sim_python) from error
         self._sim_python = suite.sim_python
+        self._env_seed, self._env_seed_step = suite.env_seed, suite.env_seed_step
+        self._turn = suite.turn_frames
         self._n_steps = 0
 
     def reset(self, *, seed: int, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
         self._n_steps = 0
         self.sim.render_frames = self.render_frames
         try:
-            seen = self.sim.reset(*simulator_seed(seed))
+            seen = self.sim.reset(*simulator_seed(seed, self._env_seed, self._env_seed_step))
         except USER_ERRORS as error:
             raise user_error(error, self._sim_python) from error
         return self._observation(seen), {"success": False}
@@ -97,8 +103,10 @@ class LiberoEnv:
         self.sim.close()
 
     def _observation(self, seen: Any) -> Observation:
-        state = seen.state.astype(np.float32)
-        return Observation(seen.images, state, self.task.instruction, privileged=seen.expert_action)
+        state, images = seen.state.astype(np.float32), seen.images
+        if self._turn:
+            images = {camera: np.ascontiguousarray(image[::-1, ::-1]) for camera, image in images.items()}
+        return Observation(images, state, self.task.instruction, privileged=seen.expert_action)
 
 
 class LiberoExpertPolicy:
@@ -136,12 +144,17 @@ class LiberoSuite:
     """Python interpreter that has LIBERO; None: this one."""
     force_versions: bool = False
     """Run with simulator versions that are known to shift results."""
+    env_seed: int = 0
+    """Simulator seed that places the fixtures of a benchmark state."""
+    env_seed_step: int = 0
+    """Added to `env_seed` for each episode: benchmark state i is reset with env_seed + i * env_seed_step."""
+    turn_frames: bool = False
+    """Turn every frame by 180 degrees here, for a policy trained on frames that were turned already."""
     with_expert: bool = False
     """Observations carry what the scripted expert would do."""
     image_size_px: int = 256
     cameras: tuple[str, ...] = ("agentview", "wrist")
     control_hz: float = 20.0
-    frames_upside_down: bool = True
     default_slots: int = 1
     action_names: tuple[str, ...] = ("dx", "dy", "dz", "rx", "ry", "rz", "gripper")
     state_names: tuple[str, ...] = (
@@ -155,6 +168,10 @@ class LiberoSuite:
         for name in self.task_names:
             if name not in known:
                 raise problem(f"task {name!r}", f"one of {', '.join(known)}", _nearest(name, known))
+
+    @property
+    def frames_upside_down(self) -> bool:
+        return not self.turn_frames
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -186,10 +203,13 @@ class LiberoSuite:
         return {**found, "forced": "; ".join(complaints)} if complaints else dict(found)
 
 
-def simulator_seed(seed: int) -> tuple[int, int | None]:
-    """(seed of the placements, number of the benchmark's initial state or None) for a seed of `Env.reset`."""
+def simulator_seed(seed: int, env_seed: int = 0, env_seed_step: int = 0) -> tuple[int, int | None]:
+    """(seed of the placements, number of the benchmark's initial state or None) for a seed of `Env.reset`.
+
+    `env_seed` and `env_seed_step` as in `LiberoSuite`; they do not touch training seeds.
+    """
     if seed >= TEST_SEED:
-        return 0, (seed - TEST_SEED) % 50
+        return env_seed + (seed - TEST_SEED) * env_seed_step, (seed - TEST_SEED) % 50
     return TRAINING_SEED_OFFSET + seed, None
 
 

@@ -22,7 +22,6 @@ from typing import Any
 
 from vla.eval.expert import SuiteExpert
 from vla.eval.html import percent
-from vla.eval.libero_protocol import protocol_settings
 from vla.eval.recording import record
 from vla.eval.report import write_report
 from vla.eval.results import EPISODES_FILE, RESULT_FILE, EpisodeRow, EvalResult, drop_cut_line, read_rows, to_json
@@ -31,8 +30,10 @@ from vla.eval.shards import deal, parse_shard
 from vla.eval.suites import get_suite, with_options
 from vla.eval.terminal import print_table
 from vla.files import append_jsonl, write_json
+from vla.libero_protocol import disagreements, get_protocol, protocol_settings
 from vla.progress import Progress
 from vla.rollout import run_episodes
+from vla.spec import PolicySpec
 from vla.threads import leave_cores_to
 from vla.types import EpisodeRequest, Policy, Suite, problem
 from vla.workers import Deadlines
@@ -71,6 +72,8 @@ class Settings:
     """Where a policy directory is loaded."""
     dtype: str = "float32"
     """In which precision a policy directory is loaded."""
+    turn_frames: bool = False
+    """LIBERO only: turn every frame by 180 degrees, for a policy trained on frames that were turned already."""
     sim_python: str | None = None
     """LIBERO only: the Python interpreter that has the simulator, if it is not this one."""
     force_versions: bool = False
@@ -102,6 +105,7 @@ IDENTITY = (
     "policy",
     "suite",
     "protocol",
+    "turn_frames",
     "tasks",
     "seed",
     "shard",
@@ -138,6 +142,10 @@ def run(settings: Settings, *, policy: Policy | None = None, suite: Suite | None
         return _result(settings, suite, {}, {}, started)
     policy = policy or _load(settings, suite)
     metadata = json.loads(json.dumps(policy.metadata, default=str))
+    if differences := _disagreements(settings, policy):
+        metadata["protocol_disagreements"] = differences
+        for text in differences:
+            print(f"warning: {text}", file=sys.stderr)
     identity = _identity(settings, suite, metadata)
     wanted = _wanted(settings, suite)
     claim(settings.out, identity)
@@ -172,7 +180,22 @@ def _suite(settings: Settings) -> Suite:
         options["sim_python"] = settings.sim_python
     if settings.force_versions:
         options["force_versions"] = True
+    if settings.turn_frames:
+        options["turn_frames"] = True
     return with_options(suite, options)
+
+
+def _disagreements(settings: Settings, policy: Policy) -> list[str]:
+    """What a policy directory says of pictures and gripper that the protocol has otherwise; empty without either."""
+    if settings.protocol is None or not isinstance(spec := getattr(policy, "spec", None), PolicySpec):
+        return []
+    protocol = get_protocol(settings.protocol)
+    found = disagreements(protocol, spec.action, spec.image, frames_turned=settings.turn_frames)
+    fix = "evaluate it as it was trained, or train it with `vla finetune --protocol`"
+    return [
+        f"the policy has {name} {own!r}, protocol {protocol.name} has {wanted!r}; fix: {fix}"
+        for name, (own, wanted) in found.items()
+    ]
 
 
 def write_result(result: EvalResult) -> None:

@@ -22,7 +22,9 @@ from vla.eval.shards import deal, parse_shard
 from vla.eval.statistics import mcnemar, paired_difference
 from vla.files import read_jsonl
 from vla.rollout import run_episodes
+from vla.spec import ActionSpec, BackboneSpec, ImageSpec, PolicySpec, PromptSpec, TokenSpec
 from vla.testing import CAMERA, FakeEnv, FakeSuite, NoisyPolicy
+from vla.tokenizers.placement import Placement
 from vla.types import ActionChunk, EpisodeRequest, Observation, VlaError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -367,11 +369,37 @@ def test_a_protocol_fills_what_the_user_left_open(tmp_path: Path) -> None:
     assert "protocol" in run_module.IDENTITY
 
 
+class PolicyOfADirectory(NoisyPolicy):
+    """With what `policy.json` says, as a policy directory has it."""
+
+    spec = PolicySpec(
+        "mine", BackboneSpec("tiny"), ActionSpec(("dx",) * 6 + ("gripper",), 8, gripper_dim=6),
+        ImageSpec(("agentview", "wrist"), 224), PromptSpec(), TokenSpec(bins=256, placement=Placement.added(10, model_vocab_size=300).save()),
+    )  # fmt: skip
+
+
+def test_a_policy_that_disagrees_with_the_protocol_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = Settings("p", suite="libero_goal", protocol="openpi", episodes_per_task=1, out=tmp_path, workers=0)
+    result = run(chosen, policy=PolicyOfADirectory(), suite=FakeSuite())
+    told = result.policy_metadata["protocol_disagreements"]
+    assert any(text.startswith("the policy has image.rotation_deg 0, protocol openpi has 180; fix: ") for text in told)
+    assert sorted(text.split()[3] for text in told) == ["image.fit", "image.resize_filter", "image.rotation_deg"]
+    assert f"warning: {told[0]}" in capsys.readouterr().err
+    turned = replace(chosen, turn_frames=True, out=tmp_path / "turned")
+    again = run(turned, policy=PolicyOfADirectory(), suite=FakeSuite()).policy_metadata["protocol_disagreements"]
+    assert len(again) == 2 and not any("rotation" in text for text in again)
+    assert "protocol_disagreements" not in run(
+        replace(chosen, protocol=None, out=tmp_path / "free"), policy=PolicyOfADirectory(), suite=FakeSuite()
+    ).policy_metadata  # fmt: skip
+
+
 def test_options_that_a_suite_lacks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         VlaError, match="got --sim-python for suite 'fake'; expected a suite that has it; fix: leave out"
     ):
         run(settings(tmp_path / "out", sim_python="python3.8"))
+    with pytest.raises(VlaError, match="got --turn-frames for suite 'fake'"):
+        run(settings(tmp_path / "out", turn_frames=True))
     with pytest.raises(VlaError, match="got --force-versions for suite 'fake'"):
         run(settings(tmp_path / "out", force_versions=True))
     assert not (tmp_path / "out").exists()

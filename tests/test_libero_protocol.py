@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vla.eval.libero_protocol import (
+from vla.inputs import prepare_image
+from vla.jpeg import jpeg_round_trip, quantization_table
+from vla.libero_protocol import (
     LEROBOT,
     OFT,
     OPENPI,
@@ -25,8 +27,6 @@ from vla.eval.libero_protocol import (
     quat_to_axis_angle,
     robot_state,
 )
-from vla.inputs import prepare_image
-from vla.jpeg import jpeg_round_trip, quantization_table
 from vla.normalize import gripper_to_robot
 from vla.resample import resize_lanczos3
 from vla.spec import ActionSpec, ImageSpec
@@ -184,9 +184,18 @@ def test_protocol_settings():
     assert protocol_settings("oft", "libero_10") == {
         "episodes_per_task": 50,
         "n_execute": 8,
-        "suite_options": {"settle_steps": 10, "max_steps": 520, "image_size_px": 256},
+        "suite_options": {
+            "settle_steps": 10,
+            "max_steps": 520,
+            "image_size_px": 256,
+            "env_seed": 0,
+            "env_seed_step": 0,
+        },
     }
-    assert protocol_settings("lerobot", "libero_spatial")["suite_options"]["max_steps"] == 280
+    lerobot = protocol_settings("lerobot", "libero_spatial")["suite_options"]
+    assert (lerobot["max_steps"], lerobot["env_seed"], lerobot["env_seed_step"]) == (280, 1000, 1)
+    openpi = protocol_settings("openpi", "libero_spatial")["suite_options"]
+    assert (openpi["env_seed"], openpi["env_seed_step"]) == (7, 0)
     assert max_steps(OPENVLA, "libero_goal_swap") == 300
     with pytest.raises(VlaError, match="protocol 'opnvla'.*did you mean 'openvla'"):
         protocol_settings("opnvla", "libero_10")

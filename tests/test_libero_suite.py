@@ -6,6 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,8 @@ def test_suite_satisfies_the_protocol() -> None:
 
 def test_test_seeds_take_the_benchmarks_initial_states() -> None:
     assert [simulator_seed(TEST_SEED + i) for i in (0, 49, 50)] == [(0, 0), (0, 49), (0, 0)]
+    assert simulator_seed(TEST_SEED + 51, env_seed=1000, env_seed_step=1) == (1051, 1)
+    assert simulator_seed(7, env_seed=1000, env_seed_step=1) == simulator_seed(7)
     seed, state = simulator_seed(7)
     assert state is None and seed > 1_000_000 and seed < 2**32  # what numpy's generator takes
 
@@ -317,6 +320,20 @@ def test_frames_are_whole_and_upright_once_turned(env: LiberoEnv) -> None:
     wood = turned[..., 0] - turned[..., 2] > 15
     assert wood[128:].mean() > 0.5 > 0.3 > wood[:64].mean()  # the table below, the robot and the wall above
     assert images["wrist"][::-1, ::-1][-30:].mean() < 60  # the dark hand at the lower edge
+
+
+@pytest.mark.libero
+def test_frames_can_be_turned_by_the_suite(env: LiberoEnv) -> None:
+    raw = env.reset(seed=TEST_SEED)[0]
+    turned_env = replace(SUITE, turn_frames=True).make(env.task.name)
+    try:
+        turned = turned_env.reset(seed=TEST_SEED)[0]
+    finally:
+        turned_env.close()
+    for camera, image in raw.images.items():
+        np.testing.assert_array_equal(turned.images[camera], image[::-1, ::-1])
+    np.testing.assert_array_equal(turned.state, raw.state)
+    assert SUITE.frames_upside_down and not replace(SUITE, turn_frames=True).frames_upside_down
 
 
 @pytest.mark.libero

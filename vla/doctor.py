@@ -74,7 +74,7 @@ from vla.doctor_weights import (
     parent_agreement,
     trained_with,
 )
-from vla.eval.libero_protocol import disagreements, get_protocol
+from vla.libero_protocol import disagreements, get_protocol
 from vla.eval.suites import get_suite
 from vla.files import write_json, write_text
 from vla.finetune.lerobot_reader import LeRobotReader

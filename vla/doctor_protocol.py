@@ -9,7 +9,7 @@ import numpy as np
 
 from vla.doctor_evidence import DataView
 from vla.doctor_finding import DATASET, SUITE, Finding, not_checked, passed, suspect, wrong
-from vla.eval.libero_protocol import SUITES, get_protocol, max_steps
+from vla.libero_protocol import SUITES, get_protocol, max_steps
 from vla.types import Task
 
 EVALUATION_SEED = 1_000_000  # `vla eval` starts there

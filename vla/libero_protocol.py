@@ -44,7 +44,8 @@ class Protocol:
     env_seed: int = 0
     """Given to `env.seed`: it places the fixtures, which the initial states do not hold."""
     reseed: Literal["task", "episode"] = "task"
-    """task: `env.seed(env_seed)` once, then one reset after another draws on. episode: `env.seed(env_seed + i)`."""
+    """task: `env.seed(env_seed)` once, then one reset after another draws on (here: each reset is seeded with it, see
+    `vla.eval.libero_suite`). episode: `env.seed(env_seed + i)`."""
     control_hz: float = 20.0
     n_execute: int | None = None
     """Actions of each chunk executed before asking again; None: the policy decides."""
@@ -179,7 +180,7 @@ def protocol_settings(name: str, suite: str) -> dict[str, Any]:
 
     Returns:
         episodes_per_task, n_execute: fields of the evaluation's settings.
-        suite_options: fields of the suite: settle_steps, max_steps, image_size_px.
+        suite_options: fields of the suite: settle_steps, max_steps, image_size_px, env_seed, env_seed_step.
     """
     protocol = get_protocol(name)
     return {
@@ -189,6 +190,8 @@ def protocol_settings(name: str, suite: str) -> dict[str, Any]:
             "settle_steps": protocol.settle_steps,
             "max_steps": max_steps(protocol, suite),
             "image_size_px": protocol.image_size_px,
+            "env_seed": protocol.env_seed,
+            "env_seed_step": 1 if protocol.reseed == "episode" else 0,
         },
     }
 
