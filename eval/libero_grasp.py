@@ -1,8 +1,8 @@
-"""Where to hold and where to put an object: searches over the collision boxes of a MuJoCo scene.
+"""Where to hold an object: a search over the collision boxes of a MuJoCo scene.
 
 Every collision geom of LIBERO's objects is a box, so a grid of occupied cells is exact to a cell. Left out: grasps that
 need force closure beyond two parallel fingers, and motion planning (the expert travels above everything instead).
-Python 3.8, numpy and mujoco only: it runs inside the simulator's interpreter. All lengths are metres, in world axes;
+Python 3.8, numpy only: it runs inside the simulator's interpreter. All lengths are metres, in world axes;
 a rotation of the hand is (3, 3) float64 with columns closing direction, sideways, approach.
 """
 
@@ -12,14 +12,12 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import mujoco as _mujoco
 import numpy as np
 
-mujoco: Any = _mujoco  # its types leave out most of what it has
-
 CELL = 0.004
+PLANE = 0  # mujoco.mjtGeom.mjGEOM_PLANE
 # The Panda's hand, measured from its geoms in the frame of the grip site. Fingers open: inner faces 38 mm from the axis.
-FINGER_TIP = 0.0125
+FINGER_TIP = 0.010
 HAND_BOTTOM, HAND_TOP = -0.026, -0.13
 SHOULDER_HEIGHT, COMFORTABLE = 0.333, 0.66  # of the Panda; beyond 0.70 m from shoulder to wrist the elbow is straight
 
@@ -47,7 +45,7 @@ class Boxes(NamedTuple):
 
 
 class Grasp(NamedTuple):
-    """The pose of the grip site at the moment of closing; yaw (rad) is the turn from the hand's rest orientation."""
+    """The pose of the grip site at the moment of closing, position (3,) and rotation (3, 3), and how bad it is."""
 
     position: np.ndarray
     rotation: np.ndarray
@@ -56,9 +54,7 @@ class Grasp(NamedTuple):
 
 def collision_boxes(model: Any, data: Any) -> Boxes:
     """All colliding geoms except planes, as boxes (other shapes by their hull in the geom's frame)."""
-    keep = ((model.geom_contype != 0) | (model.geom_conaffinity != 0)) & (
-        model.geom_type != mujoco.mjtGeom.mjGEOM_PLANE.value
-    )
+    keep = ((model.geom_contype != 0) | (model.geom_conaffinity != 0)) & (model.geom_type != PLANE)
     rotation = data.geom_xmat[keep].reshape(-1, 3, 3)
     centre = data.geom_xpos[keep] + np.einsum("nij,nj->ni", rotation, model.geom_aabb[keep, :3])
     return Boxes(centre, rotation.copy(), model.geom_aabb[keep, 3:].copy(), model.geom_bodyid[keep].copy())
@@ -94,17 +90,19 @@ class Cells:
         return self.full[index[..., 0], index[..., 1], index[..., 2]] & inside
 
 
-def _grid(*axes: Iterable[float]) -> np.ndarray:
+def grid(*axes: Iterable[float]) -> np.ndarray:
     return np.array(list(itertools.product(*axes)))
 
 
-_CLOSING = _grid(np.arange(-9, 10) * 0.004, (-0.006, 0.0, 0.006), (-0.009, -0.003, 0.003))  # (19 * 9, 3)
-_FINGERS = _grid(
-    (-0.067, -0.061, -0.054, -0.047, -0.041, 0.041, 0.047, 0.054, 0.061, 0.067),
-    (-0.011, -0.004, 0.004, 0.011),
-    (-0.04, -0.02, -0.008, 0.004, FINGER_TIP),
-)
-_HAND = _grid(np.linspace(-0.105, 0.105, 11), (-0.032, 0.0, 0.032), np.linspace(HAND_TOP, HAND_BOTTOM, 6))
+_CLOSING = grid(np.arange(-9, 10) * 0.004, (-0.006, 0.0, 0.006), (-0.009, -0.003, 0.003))  # (19 * 9, 3)
+# (across, along the approach): the outer face tapers towards the tip
+_PROFILE = [
+    (x, z)
+    for z, outer in ((-0.04, 0.066), (-0.02, 0.062), (-0.008, 0.059), (0.004, 0.055), (FINGER_TIP, 0.054))
+    for x in np.linspace(0.041, outer, 4)
+]
+_FINGERS = np.array([(sign * x, y, z) for x, z in _PROFILE for y in (-0.011, -0.004, 0.004, 0.011) for sign in (-1, 1)])
+_HAND = grid(np.linspace(-0.105, 0.105, 11), (-0.032, 0.0, 0.032), np.linspace(HAND_TOP, HAND_BOTTOM, 6))
 
 
 def below(rotation: np.ndarray) -> float:
@@ -119,6 +117,7 @@ def find_grasp(
     towards: np.ndarray,
     shoulder: np.ndarray,
     step: float,
+    clearance: float = 0.003,
 ) -> Grasp | None:
     """The cheapest pose in which the open hand fits around part of `target` and touches nothing, or None.
 
@@ -129,18 +128,20 @@ def find_grasp(
         towards: (3,) point of `target` that would be best to hold.
         shoulder: (3,) the arm's shoulder; poses near the end of its reach cost more.
         step: distance between the positions tried.
+        clearance: of the fingers; the palm, which tilts a little on the way, keeps 7 mm more.
     """
     low, high = target.low(), target.high()
     window = (low - 0.16, high + 0.16)
     held = Cells(*window).fill(target)
-    solid = Cells(*window).fill(others, 0.004)
+    solid = Cells(*window).fill(others, clearance)
     solid.full |= held.full
-    roomy = Cells(*window).fill(others, 0.010)  # the palm tilts a little on the way
+    roomy = Cells(*window).fill(others, clearance + 0.007)
     near = Cells(*window).fill(others, 0.015)
-    centres = _grid(*(np.arange(a, b + 0.004, step) for a, b in zip(low, high)))  # noqa: B905 - Python 3.8
+    steps = (step, step, step / 2 if step > 0.005 else step)
+    centres = grid(*(np.arange(low[k], high[k] + 0.004, steps[k]) for k in range(3)))
     best = None
     for rotation, own_cost in rotations:
-        likely = centres[_centred(held.at(centres[:, None] + _CLOSING[4::9] @ rotation.T))]
+        likely = centres[_centred(held.at(centres[:, None] + _CLOSING[5::9] @ rotation.T))]
         profile = held.at(likely[:, None] + _CLOSING @ rotation.T).reshape(len(likely), 19, 9)
         good = _centred(np.asarray(profile.any(2)))
         points = likely[good]
@@ -187,52 +188,6 @@ def _centred(profile: np.ndarray) -> np.ndarray:
     return profile.any(1) & (np.abs(first + last - 18) <= 2) & (last - first <= 16)
 
 
-class Spot(NamedTuple):
-    """Where an object comes to rest: its origin (3,), the hand's extra turn about z (rad), the release height."""
-
-    origin: np.ndarray
-    yaw: float
-    cost: float
-
-
-def find_spot(
-    held: Boxes,
-    origin: np.ndarray,
-    hand: np.ndarray,
-    hand_rotation: np.ndarray,
-    others: Boxes,
-    choices: np.ndarray,
-    yaws: Sequence[float],
-    gap: float,
-) -> Spot:
-    """The best of `choices` (K, 2) to let go of an object that the hand holds, seen from above.
-
-    The object is lowered until it, the hand or an opening finger would touch: the answer's origin is `gap` above that.
-    Earlier choices are preferred, a centimetre of extra height costs as much as five places in the list.
-    """
-    margin = 0.25
-    low = np.append(choices.min(0) - margin, others.low()[2] - CELL)
-    high = np.append(choices.max(0) + margin, others.high()[2] + CELL)
-    surface = _surface(others, low, high)
-    under_object = _bottom_points(held) - origin
-    opening = np.array([[u, v, FINGER_TIP] for u in (-0.07, -0.055, -0.04, 0.04, 0.055, 0.07) for v in (-0.011, 0.011)])
-    palm = _grid(np.linspace(-0.105, 0.105, 11), (-0.032, 0.0, 0.032), (HAND_BOTTOM,))
-    under_hand = np.concatenate([opening, palm]) @ hand_rotation.T + (hand - origin)
-    best: Spot | None = None
-    for yaw in yaws:
-        turn = yaw_matrix(yaw)
-        object_points, hand_points = under_object @ turn.T, under_hand @ turn.T
-        for rank, xy in enumerate(choices):
-            landing = (_height(surface, low, object_points[:, :2] + xy) - object_points[:, 2]).max()
-            touching = (_height(surface, low, hand_points[:, :2] + xy) - hand_points[:, 2]).max()
-            z = max(landing + gap, touching + 0.006)
-            cost = 100 * z + 0.2 * rank + 0.6 * abs(yaw)
-            if best is None or cost < best.cost - 1e-9:
-                best = Spot(np.append(xy, z), yaw, cost)
-    assert best is not None
-    return best
-
-
 def yaw_matrix(angle: float) -> np.ndarray:
     """(3, 3): a turn about the world's vertical."""
     c, s = np.cos(angle), np.sin(angle)
@@ -247,37 +202,3 @@ def lean(axis: int, angle: float) -> np.ndarray:
     turn[[first, second], [first, second]] = c
     turn[first, second], turn[second, first] = -s, s
     return turn
-
-
-def _bottom_points(boxes: Boxes) -> np.ndarray:
-    signs = _grid((-1, 0, 1), (-1, 0, 1), (-1, 1))
-    return (boxes.centre[:, None] + np.einsum("nij,nkj->nki", boxes.rotation, signs * boxes.half[:, None])).reshape(
-        -1, 3
-    )
-
-
-def _surface(boxes: Boxes, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """(X, Y): height of the topmost occupied cell of each column, -inf where there is none."""
-    cells = Cells(low, high).fill(boxes, 0.003).full
-    top = cells.shape[2] - 1 - cells[:, :, ::-1].argmax(2)
-    return np.where(cells.any(2), low[2] + top * CELL, -np.inf)
-
-
-def _height(surface: np.ndarray, low: np.ndarray, xy: np.ndarray) -> np.ndarray:
-    index = np.rint((xy - low[:2]) / CELL).astype(int).clip(0, np.array(surface.shape) - 1)
-    return surface[index[:, 0], index[:, 1]]
-
-
-def corridor_top(boxes: Boxes, start: np.ndarray, end: np.ndarray, radius: float) -> float:
-    """Height of the highest box within `radius` of the straight way from start to end, seen from above."""
-    points = start[:2] + np.linspace(0, 1, 12)[:, None] * (end - start)[:2]
-    distance = np.abs(points[:, None] - boxes.centre[None, :, :2]) - boxes.extent()[None, :, :2]
-    on_the_way = (distance < radius).all(2).any(0)
-    return float((boxes.centre + boxes.extent())[on_the_way, 2].max()) if on_the_way.any() else float("-inf")
-
-
-def spiral(centre: np.ndarray, axes: np.ndarray, half: np.ndarray, step: float = 0.01) -> np.ndarray:
-    """(K, 2) points of a rectangle, nearest to its centre first. axes: (2, 2) unit columns; half: (2,) half sizes."""
-    a, b = (np.arange(-np.floor(h / step), np.floor(h / step) + 1) * step for h in half)
-    offsets: list[np.ndarray] = sorted(_grid(a, b), key=lambda p: float(np.hypot(*p)))
-    return centre + np.array(offsets) @ axes.T
