@@ -20,6 +20,7 @@ import tyro
 from PIL import Image
 
 from vla.backbone import TINY_PATH, Backbone, load_backbone
+from vla.tokenizers.grammar import free_grammar
 
 N_TOKENS = 12
 PROMPT = "State: 120 80 40 255\nIn: What action should the robot take to turn the faucet clockwise?\nOut:"
@@ -48,7 +49,7 @@ def main(settings: Settings) -> None:
         "ours": load_backbone("tiny"),
     }
     rng = np.random.default_rng(0)
-    legal = torch.arange(256, 512)
+    grammar = free_grammar(range(256, 512), N_TOKENS)
     print(
         f"median of {settings.repeats}, {settings.threads} thread, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     )
@@ -62,7 +63,7 @@ def main(settings: Settings) -> None:
         for repeat in range(settings.repeats + 1):  # the first is a warm-up
             for name, backbone in sides.items():
                 start = time.perf_counter()
-                found[name] = backbone.sample(inputs, legal, N_TOKENS, 1.0, keys)
+                found[name] = backbone.sample(inputs, grammar, 1.0, keys)
                 if repeat:
                     times[name].append((time.perf_counter() - start) * 1e3 / batch)
         (ids, logprobs), (other_ids, other_logprobs) = found.values()

@@ -16,7 +16,7 @@ def main(steps: int = 20) -> None:
     folder, suite = Path(tempfile.mkdtemp()), FakeSuite()
     collect.run(collect.Settings(folder / "demos", suite="fake", episodes_per_task=3), suite)
     settings = dataclasses.replace(
-        sft.PRESETS["tiny-demo"], data=(folder / "demos",), out=folder / "sft", steps=steps, warmup_steps=5,
+        sft.PRESETS["tiny-demo"], data=(str(folder / "demos"),), out=folder / "sft", steps=steps, warmup_steps=5,
         state_low=(0.0, 0.0), state_high=(1.0, 1.0), gripper_dim=None, gripper_convention="", batch_size=8,
     )  # fmt: skip
     policy = load_policy(sft.run(settings))

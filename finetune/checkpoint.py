@@ -18,8 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vla.files import write_json
-from vla.policy import swap_folder
+from vla.files import swap_folder, write_json
 from vla.types import problem
 
 

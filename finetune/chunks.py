@@ -1,7 +1,8 @@
 """Training samples: one frame and the H actions that follow it, in an order that depends on nothing but the seed.
 
 A position is a number of samples consumed. The order of samples is a function of (seed, epoch) alone, so training that
-stops at a position continues with exactly the samples it would have seen, with any number of workers.
+stops at a position continues with exactly the samples it would have seen, with any number of workers. What is kept in
+memory is 8 bytes a frame (24 while an epoch of a weighted mixture is drawn) and four numbers an episode.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from vla.finetune.lerobot_reader import LeRobotReader
+from vla.finetune.camera_map import camera_map, policy_name
+from vla.finetune.source import FrameSource
 from vla.types import problem
 
 
@@ -52,91 +54,106 @@ class ChunkDataset:
     """Map-style dataset over several sources; also accepted by `torch.utils.data.DataLoader`.
 
     Args:
-        sources: (dataset name, reader); the name is the one its statistics go by.
+        sources: (dataset name, its frames); the name is the one its statistics go by.
         horizon: H, actions per sample.
-        cameras: names every source must have; all cameras of the first source if None.
+        cameras: what every source must have, each "NAME" or "NAME=KEY|KEY" as in `camera_map`; all cameras of the first
+            source if None.
         weights: how often samples of each source are drawn, relative to one another; None: every frame once per epoch.
-            With weights an epoch is as long as without, and a source is walked through completely before it repeats.
+            A source is walked through completely before it repeats.
+        balance: weights are per frame, as OpenVLA's mixtures: a source is drawn in proportion to weight x frames. An epoch
+            is then as long as OpenVLA's: until every source of weight 1 (if there is none, of any weight above 0) has been
+            drawn as often as it has frames. Without, it is as long as without weights.
         cache_images: decode every frame now, once, and keep it as uint8.
         holdout_episodes: of each source, as chosen by `holdout_split`. Samples 0 <= i < len(self) are for training, the
             held-out ones follow: `holdout_indices`.
+        skip_unlabelled: leave out episodes that begin without an instruction, as OpenVLA does; `n_unlabelled` counts them.
     """
 
     def __init__(
         self,
-        sources: Sequence[tuple[str, LeRobotReader]],
+        sources: Sequence[tuple[str, FrameSource]],
         horizon: int,
         cameras: Sequence[str] | None = None,
         weights: Sequence[float] | None = None,
         cache_images: bool = False,
         holdout_episodes: int = 0,
         seed: int = 0,
+        balance: bool = False,
+        skip_unlabelled: bool = False,
     ) -> None:
         if not sources or horizon < 1:
             raise problem(f"{len(sources)} sources, horizon {horizon}", "at least one of each", "name a dataset")
         self.sources, self.horizon, self.seed = list(sources), horizon, seed
-        self.cameras = tuple(sources[0][1].cameras if cameras is None else cameras)
-        self._check_sources()
-        held = [holdout_split(reader.n_episodes, holdout_episodes, seed) for _, reader in self.sources]
-        parts = []  # (source, frame, end of its episode) of each sample: all training samples first
-        for wanted in (False, True):
-            for s, (_, reader) in enumerate(self.sources):
-                rows = [row for row in reader.episodes if (row.index in held[s]) == wanted]
-                parts += [np.array([(s, k, row.stop) for k in range(row.start, row.stop)]) for row in rows]
-        self._source, self._frame, self._stop = np.concatenate(parts).T
-        in_holdout = [sum(len(reader.episodes[i]) for i in held[s]) for s, (_, reader) in enumerate(self.sources)]
-        self._sizes = np.array([len(reader) for _, reader in self.sources]) - in_holdout
+        wanted = sources[0][1].cameras if cameras is None else cameras
+        self.cameras = tuple(policy_name(text) for text in wanted)
+        self._keys = [camera_map(wanted, name, source) for name, source in self.sources]
+        self._check_actions()
+        self._place_episodes(holdout_episodes, skip_unlabelled)
         self._first = np.concatenate([[0], np.cumsum(self._sizes)])
         self._order: tuple[int, np.ndarray] | None = None  # the epoch at hand
-        self._draws = self._draws_per_epoch(weights)
+        self._draws = self._draws_per_epoch(weights, balance)
         self._cache = self._decode_all() if cache_images else None
 
     def __len__(self) -> int:
-        """Training samples, which is one epoch: one per frame that is not held out."""
+        """Training samples: one per frame that is not held out."""
         return int(self._sizes.sum())
 
     @property
-    def readers(self) -> list[LeRobotReader]:
-        return [reader for _, reader in self.sources]
+    def epoch_size(self) -> int:
+        """Samples in one epoch; `len(self)` unless `balance` makes it longer."""
+        return len(self) if self._draws is None else int(self._draws.sum())
+
+    @property
+    def readers(self) -> list[FrameSource]:
+        return [source for _, source in self.sources]
 
     @property
     def holdout_indices(self) -> np.ndarray:
         """int64: the samples of held-out episodes, in order."""
-        return np.arange(len(self), len(self._frame))
+        return np.arange(len(self), self._n_samples)
+
+    def locate(self, index: int) -> tuple[int, int, int]:
+        """Of a sample: its source's number, its frame in it, and where the frame's episode stops."""
+        if not 0 <= index < self._n_samples:
+            raise IndexError(f"sample {index} of {self._n_samples}")
+        k = int(np.searchsorted(self._begins, index, side="right")) - 1
+        source, start, stop = self._episodes[k].tolist()
+        return source, start + index - int(self._begins[k]), stop
 
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self._frame):
-            raise IndexError(f"sample {index} of {len(self._frame)}")
-        name, reader = self.sources[self._source[index]]
-        frame, stop = int(self._frame[index]), int(self._stop[index])
+        s, frame, stop = self.locate(int(index))
+        name, source = self.sources[s]
         wanted = np.arange(frame, frame + self.horizon)
-        states = reader.states()
+        states = source.states()
         if self._cache is None:
-            images = reader.images(frame, self.cameras)
+            images = self._decode(s, frame)
         else:
-            images = {camera: pixels[index] for camera, pixels in self._cache.items()}
+            images = {camera: pixels[frame] for camera, pixels in self._cache[s].items()}
         return Sample(
             images=images,
             state=None if states is None else states[frame],
-            instruction=reader.instruction_of(frame),
-            actions=reader.actions()[np.minimum(wanted, stop - 1)],
+            instruction=source.instruction_of(frame),
+            actions=source.actions()[np.minimum(wanted, stop - 1)],
             is_pad=wanted >= stop,
             dataset=name,
         )
 
     def order(self, epoch: int) -> np.ndarray:
-        """int64 (len(self),): the samples of one epoch in order."""
-        mix = epoch_order(len(self), self.seed, epoch)
+        """int64 (epoch_size,): the samples of one epoch in order."""
+        mix = epoch_order(self.epoch_size, self.seed, epoch)
         if self._draws is None:
             return mix
-        picked = [self._draw(s, epoch * n, n) for s, n in enumerate(self._draws)]
-        return np.concatenate(picked)[mix]
+        picked, ends = np.empty(len(mix), np.int64), np.cumsum(self._draws)
+        for s, (n, end) in enumerate(zip(self._draws.tolist(), ends.tolist(), strict=True)):
+            picked[end - n : end] = self._draw(s, epoch * n, n)
+        return picked[mix]
 
     def indices(self, position: int, n: int) -> np.ndarray:
         """int64 (n,): the training samples `position` .. `position + n` of the endless stream of epochs."""
-        size, found = len(self), []
+        size, found = self.epoch_size, []
         for epoch in range(position // size, (position + n - 1) // size + 1):
             if self._order is None or self._order[0] != epoch:
+                self._order = None  # freed before the next one is made
                 self._order = (epoch, self.order(epoch))
             found.append(self._order[1][max(position - epoch * size, 0) : position + n - epoch * size])
         return np.concatenate(found or [np.zeros(0, np.int64)])
@@ -159,26 +176,52 @@ class ChunkDataset:
         batches = (batch.tolist() for batch in indices)
         yield from DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=list)
 
-    def _check_sources(self) -> None:
+    def _check_actions(self) -> None:
         first = self.sources[0][1]
-        for name, reader in self.sources:
-            for camera in self.cameras:
-                reader.camera_key(camera)
-            if reader.action_dim != first.action_dim:
-                raise problem(f"{reader.action_dim} action dimensions in {name!r}", f"{first.action_dim}, as in the first",
+        for name, source in self.sources:
+            if source.action_dim != first.action_dim:
+                raise problem(f"{source.action_dim} action dimensions in {name!r}", f"{first.action_dim}, as in the first",
                               "train on datasets of one action space")  # fmt: skip
 
-    def _draws_per_epoch(self, weights: Sequence[float] | None) -> np.ndarray | None:
+    def _place_episodes(self, holdout_episodes: int, skip_unlabelled: bool) -> None:
+        """Which samples each episode is: all training samples first, then the held-out ones, both source by source."""
+        tables, held, self.n_unlabelled = [], [], 0
+        for s, (_, source) in enumerate(self.sources):
+            spans = [e for e in source.episodes if not skip_unlabelled or source.instruction_of(e.start).strip()]
+            self.n_unlabelled += source.n_episodes - len(spans)
+            rows = np.array([(s, e.start, e.stop, e.index) for e in spans], np.int64).reshape(-1, 4)
+            tables.append(rows[:, :3])
+            kept = sorted(holdout_split(source.n_episodes, holdout_episodes, self.seed))
+            held.append(np.isin(rows[:, 3], np.array(kept, np.int64)))
+        train = [rows[~mask] for rows, mask in zip(tables, held, strict=True)]
+        rest = [rows[mask] for rows, mask in zip(tables, held, strict=True)]
+        self._sizes = np.array([int((rows[:, 2] - rows[:, 1]).sum()) for rows in train])
+        self._episodes = np.concatenate(train + rest)
+        """int64 (E, 3): source, first frame, end."""
+        if not self._sizes.sum():
+            left_out = f", {self.n_unlabelled} episodes left out that have no instruction" if self.n_unlabelled else ""
+            raise problem(f"no frame to train on in {', '.join(name for name, _ in self.sources)}{left_out}", "some",
+                          "hold out fewer episodes, or choose other data")  # fmt: skip
+        ends = np.cumsum(self._episodes[:, 2] - self._episodes[:, 1])
+        self._n_samples = int(ends[-1])
+        self._begins = np.concatenate([[0], ends[:-1]])
+
+    def _draws_per_epoch(self, weights: Sequence[float] | None, balance: bool) -> np.ndarray | None:
         if weights is None:
             return None
         w = np.asarray(weights, np.float64)
         if w.shape != (len(self.sources),) or not np.isfinite(w).all() or (w < 0).any() or w.sum() == 0:
             raise problem(f"weights {list(weights)}", f"{len(self.sources)} numbers >= 0, not all 0", "one per dataset")
-        exact = w / w.sum() * len(self)
-        draws = np.floor(exact).astype(np.int64)
-        draws[np.argsort(draws - exact, kind="stable")[: len(self) - draws.sum()]] += 1  # largest remainders
-        if ((draws > 0) & (self._sizes == 0)).any():
+        if ((w > 0) & (self._sizes == 0)).any():
             raise problem("a weight on a dataset without frames to train on", "weight 0", "drop the dataset")
+        share = w * self._sizes if balance else w
+        share, size = share / share.sum(), len(self)
+        if balance:
+            primary = w == 1.0 if (w == 1.0).any() else w > 0
+            size = int((self._sizes[primary] / share[primary]).max() + 1e-6)
+        exact = share * size
+        draws = np.floor(exact).astype(np.int64)
+        draws[np.argsort(draws - exact, kind="stable")[: size - draws.sum()]] += 1  # largest remainders
         return draws
 
     def _draw(self, source: int, begin: int, n: int) -> np.ndarray:
@@ -191,23 +234,25 @@ class ChunkDataset:
         skip = begin - passes.start * size
         return self._first[source] + shuffled[skip : skip + n]
 
-    def _decode_all(self) -> dict[str, np.ndarray]:
-        """Camera -> uint8 (samples, height, width, 3)."""
-        sizes = {}
-        for camera in self.cameras:
-            shapes = {tuple(reader.features[reader.camera_key(camera)]["shape"]) for _, reader in self.sources}
-            if len(shapes) != 1:
-                raise problem(f"camera {camera!r} of sizes {sorted(shapes)}", "one size", "set cache_images to False")
-            sizes[camera] = (len(self._frame), *shapes.pop())
-        needed, free = sum(int(np.prod(s)) for s in sizes.values()), _available_bytes()
+    def _decode(self, source: int, frame: int) -> dict[str, np.ndarray]:
+        keys = self._keys[source]
+        found = self.sources[source][1].images(frame, tuple(dict.fromkeys(keys.values())))
+        return {camera: found[key] for camera, key in keys.items()}
+
+    def _decode_all(self) -> list[dict[str, np.ndarray]]:
+        """For each source, camera -> uint8 (its frames, height, width, 3)."""
+        shapes = [{camera: (len(source), *source.image_shape(key)) for camera, key in keys.items()}
+                  for (_, source), keys in zip(self.sources, self._keys, strict=True)]  # fmt: skip
+        needed = sum(int(np.prod(shape)) for by_camera in shapes for shape in by_camera.values())
+        free = _available_bytes()
         if needed > 0.8 * free:
             raise problem(f"{needed / 2**30:.1f} GiB of images to cache", f"at most 80 % of the {free / 2**30:.1f} GiB free",
                           "pass --no-cache-images, or set cache_images to False")  # fmt: skip
-        cache = {camera: np.empty(size, np.uint8) for camera, size in sizes.items()}
-        for index in range(len(self._frame)):
-            reader = self.sources[self._source[index]][1]
-            for camera, image in reader.images(int(self._frame[index]), self.cameras).items():
-                cache[camera][index] = image
+        cache = [{camera: np.empty(shape, np.uint8) for camera, shape in by_camera.items()} for by_camera in shapes]
+        for s, (_, source) in enumerate(self.sources):
+            for frame in range(len(source)):
+                for camera, image in self._decode(s, frame).items():
+                    cache[s][camera][frame] = image
         return cache
 
 

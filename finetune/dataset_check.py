@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from vla.finetune.lerobot_reader import TOLERANCE_S, LeRobotReader
+from vla.finetune.source import FrameSource
 from vla.types import VlaError
 
 
@@ -18,6 +19,11 @@ class Finding:
 
     level: Literal["error", "warning"]
     text: str
+    check: str = "files"
+    """Which check found it: "files", or a key of `vla.finetune.dataset_lint.CHECKS`."""
+    episodes: tuple[int, ...] = ()
+    """Those it is about; empty: the whole dataset."""
+    fix: str = ""
 
 
 def check_dataset(root: Path, all_frames: bool = False) -> list[Finding]:
@@ -36,6 +42,33 @@ def check_dataset(root: Path, all_frames: bool = False) -> list[Finding]:
         findings.append(Finding("warning", "no next.success: success of the episodes is not known"))
     findings += _check_images(reader, all_frames)
     return list(dict.fromkeys(findings))  # one damaged file is met again for each of its episodes
+
+
+def check_source(source: FrameSource, all_frames: bool = False) -> list[Finding]:
+    """What can be said of any format: numbers are finite, frames at both ends of each episode (or all) can be decoded."""
+    findings: list[Finding] = []
+    if not source.n_episodes:
+        return [Finding("error", f"{source.where} has no episodes")]
+    for key, rows in (("action", source.actions()), ("state", source.states())):
+        bad = np.argwhere(~np.isfinite(rows)) if rows is not None else np.zeros((0, 2), np.int64)
+        if rows is not None and len(bad):
+            episodes = sorted({source.episode_of(int(i)) for i in bad[:, 0]})
+            text = f"{key}: {rows[tuple(bad[0])]} at frame {bad[0][0]}, dimension {bad[0][1]}; episodes with such values: {episodes}"
+            findings.append(Finding("error", text, episodes=tuple(episodes), fix="drop these episodes"))
+    for span in source.episodes:
+        for i in range(span.start, span.stop) if all_frames else sorted({span.start, span.stop - 1}):
+            try:
+                images = source.images(i)
+            except VlaError as error:
+                findings.append(Finding("error", str(error), episodes=(span.index,), fix="drop the episode"))
+                continue
+            for camera, image in images.items():
+                if image.shape != tuple(source.image_shape(camera)):
+                    text = f"episode {span.index}: {camera} is {image.shape}, not {source.image_shape(camera)}"
+                    findings.append(Finding("error", text, episodes=(span.index,), fix="drop the episode"))
+        if span.stop - span.start == 1:
+            findings.append(Finding("warning", f"episode {span.index} has a single frame", episodes=(span.index,)))
+    return list(dict.fromkeys(findings))
 
 
 def _read_numbers(reader: LeRobotReader) -> tuple[list[Finding], dict[str, np.ndarray]]:
@@ -113,7 +146,7 @@ def _check_images(reader: LeRobotReader, all_frames: bool) -> list[Finding]:
     findings = []
     for row in reader.episodes:
         for name in reader.cameras:
-            shape = tuple(reader.features[reader.camera_key(name)]["shape"])
+            shape = reader.image_shape(name)
             for i in range(row.start, row.stop) if all_frames else sorted({row.start, row.stop - 1}):
                 try:
                     image = reader.images(i, [name])[name]

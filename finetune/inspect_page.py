@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vla.finetune.lerobot_format import encode_png
-from vla.finetune.lerobot_reader import LeRobotReader
+from vla.finetune.source import FrameSource
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #1a1a1a; }
@@ -21,82 +21,92 @@ img { max-width: 100%; } figure img { width: 160px; image-rendering: auto; } .wi
 """
 
 
-def inspect_page(reader: LeRobotReader, n_samples: int) -> str:
-    """The page. `n_samples` episodes, evenly spaced, are shown with their first, middle and last frame."""
-    title = html.escape(reader.name)
+def inspect_page(source: FrameSource, n_samples: int, rotation_deg: int = 0) -> str:
+    """The page. `n_samples` episodes, evenly spaced, are shown with their first, middle and last frame, turned
+    counter-clockwise by a multiple of 90 degrees."""
+    title = html.escape(source.name)
     facts = (
-        f"{reader.n_episodes} episodes, {len(reader)} frames, {reader.fps:g} fps, cameras {', '.join(reader.cameras)}"
+        f"{source.n_episodes} episodes, {len(source)} frames, {source.fps:g} fps, cameras {', '.join(source.cameras)}"
     )
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style>",
         f"<h1>{title}</h1><p>{html.escape(facts)}</p>",
-        "<h2>Instructions</h2>", _instructions(reader),
-        "<h2>Actions</h2>", _ranges(reader), f"<img class=wide alt='histogram of each action dimension' src='{_histograms(reader)}'>",
-        "<h2>Sample frames</h2>", _samples(reader, n_samples),
-        "<h2>Episodes</h2>", _episodes(reader),
+        "<h2>Instructions</h2>", _instructions(source),
+        "<h2>Actions</h2>", _ranges(source), f"<img class=wide alt='histogram of each action dimension' src='{_histograms(source)}'>",
+        "<h2>Lengths</h2>", f"<img class=wide alt='histogram of episode lengths' src='{_lengths(source)}'>",
+        "<h2>Sample frames</h2>", _samples(source, n_samples, rotation_deg),
+        "<h2>Episodes</h2>", _episodes(source),
     ]  # fmt: skip
     return "\n".join(parts) + "\n"
 
 
-def by_instruction(reader: LeRobotReader) -> dict[str, list[int]]:
+def by_instruction(source: FrameSource) -> dict[str, list[int]]:
     """Instruction -> its episodes."""
     found: dict[str, list[int]] = {}
-    for row in reader.episodes:
-        found.setdefault(reader.instruction_of(row.start), []).append(row.index)
+    for row in source.episodes:
+        found.setdefault(source.instruction_of(row.start), []).append(row.index)
     return found
 
 
-def _instructions(reader: LeRobotReader) -> str:
+def _instructions(source: FrameSource) -> str:
     rows = []
-    for instruction, episodes in by_instruction(reader).items():
-        lengths = [len(reader.episodes[i]) for i in episodes]
-        known = [s for s in (reader.success_of(i) for i in episodes) if s is not None]
+    for instruction, episodes in by_instruction(source).items():
+        lengths = [source.episodes[i].stop - source.episodes[i].start for i in episodes]
+        known = [s for s in (source.success_of(i) for i in episodes) if s is not None]
         success = f"{sum(known)} of {len(known)}" if known else "not recorded"
         rows.append((instruction, len(episodes), f"{min(lengths)}–{max(lengths)}", f"{np.mean(lengths):.1f}", success))
     return _table(("instruction", "episodes", "length", "mean length", "success"), rows)
 
 
-def _ranges(reader: LeRobotReader) -> str:
-    actions = reader.actions().astype(np.float64)
+def _ranges(source: FrameSource) -> str:
+    actions = source.actions().astype(np.float64)
     q01, q99 = np.quantile(actions, [0.01, 0.99], axis=0)
     columns = (actions.min(0), q01, actions.mean(0), q99, actions.max(0), actions.std(0))
-    rows = [(name, *(f"{c[d]:.4f}" for c in columns)) for d, name in enumerate(reader.action_names)]
+    rows = [(name, *(f"{c[d]:.4f}" for c in columns)) for d, name in enumerate(source.action_names)]
     return _table(("dimension", "min", "q01", "mean", "q99", "max", "std"), rows)
 
 
-def _episodes(reader: LeRobotReader) -> str:
+def _episodes(source: FrameSource) -> str:
     rows = []
-    for row in reader.episodes:
-        success, seed = reader.success_of(row.index), reader.seed_of(row.index)
+    for row in source.episodes:
+        success, seed = source.success_of(row.index), source.seed_of(row.index)
         shown = ("–" if success is None else "yes" if success else "no", "–" if seed is None else seed)
-        rows.append((reader.instruction_of(row.start), row.index, len(row), *shown))
+        rows.append((source.instruction_of(row.start), row.index, row.stop - row.start, *shown))
     return _table(("instruction", "episode", "length", "success", "seed"), rows)
 
 
-def _samples(reader: LeRobotReader, n_samples: int) -> str:
+def _samples(source: FrameSource, n_samples: int, rotation_deg: int) -> str:
     figures = []
-    for e in sorted({int(i) for i in np.linspace(0, reader.n_episodes - 1, min(n_samples, reader.n_episodes))}):
-        row = reader.episodes[e]
-        figures.append(f"<h3>Episode {e}: {html.escape(reader.instruction_of(row.start))}</h3>")
+    for e in sorted({int(i) for i in np.linspace(0, source.n_episodes - 1, min(n_samples, source.n_episodes))}):
+        row = source.episodes[e]
+        figures.append(f"<h3>Episode {e}: {html.escape(source.instruction_of(row.start))}</h3>")
         for i in sorted({row.start, (row.start + row.stop - 1) // 2, row.stop - 1}):
-            for camera, image in reader.images(i).items():
+            for camera, image in source.images(i).items():
                 caption = html.escape(f"{camera}, frame {i - row.start}")
-                source = _data_url(encode_png(image))
-                figures.append(
-                    f"<figure><img alt='{caption}' src='{source}'><figcaption>{caption}</figcaption></figure>"
-                )
+                url = _data_url(encode_png(np.ascontiguousarray(np.rot90(image, rotation_deg // 90))))
+                figures.append(f"<figure><img alt='{caption}' src='{url}'><figcaption>{caption}</figcaption></figure>")
     return "\n".join(figures)
 
 
-def _histograms(reader: LeRobotReader) -> str:
+def _histograms(source: FrameSource) -> str:
+    return _panels(dict(zip(source.action_names, source.actions().T, strict=True)))
+
+
+def _lengths(source: FrameSource) -> str:
+    lengths = np.array([span.stop - span.start for span in source.episodes])
+    return _panels({"frames per episode": lengths})
+
+
+def _panels(columns: dict[str, np.ndarray]) -> str:
+    """PNG as a data URL: one histogram of 50 bins per column, four in a row."""
     from matplotlib.figure import Figure
 
-    actions, n = reader.actions(), reader.action_dim
-    figure = Figure(figsize=(11, 2.2 * -(-n // 4)), layout="constrained")
-    for d, name in enumerate(reader.action_names):
-        axes = figure.add_subplot(-(-n // 4), min(n, 4), d + 1)
-        axes.hist(actions[:, d], bins=50, color="#3b6ea5")
-        axes.set_title(name, fontsize=10)
+    n_rows, n_columns = -(-len(columns) // 4), min(len(columns), 4)
+    figure = Figure(figsize=(11, 2.2 * n_rows), layout="constrained")
+    for d, (name, values) in enumerate(columns.items()):
+        axes = figure.add_subplot(n_rows, n_columns, d + 1)
+        axes.hist(values[np.isfinite(values)], bins=50, color="#3b6ea5")
+        axes.set_title(name.replace("$", r"\$"), fontsize=10)
         axes.set_yticks([])
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)

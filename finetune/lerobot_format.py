@@ -24,6 +24,7 @@ from PIL import Image
 from vla.types import VlaError, problem
 
 VERSION = "v3.0"
+V2_VERSIONS = ("v2.1", "v2.0")  # read by `lerobot_v21`; they differ in their statistics only, which are not read
 INFO_PATH = "meta/info.json"
 STATS_PATH = "meta/stats.json"
 TASKS_PATH = "meta/tasks.parquet"
@@ -66,10 +67,24 @@ def names_of(feature: dict[str, Any]) -> tuple[str, ...]:
     return tuple(str(i) for i in range(n))
 
 
+def image_shape_of(feature: dict[str, Any]) -> tuple[int, int, int]:
+    """(height, width, 3) of an image or video feature; older data gives channels first."""
+    shape, names = list(feature["shape"]), feature.get("names")
+    if len(shape) != 3:
+        raise problem(f"an image of shape {shape}", "height, width and channels", f"mend {INFO_PATH}")
+    if isinstance(names, list) and {"height", "width"} <= set(names):
+        return int(shape[names.index("height")]), int(shape[names.index("width")]), 3
+    channels_first = shape[0] in (1, 3, 4) and shape[2] not in (1, 3, 4)
+    height, width = shape[1:] if channels_first else shape[:2]
+    return int(height), int(width), 3
+
+
 def file_path(root: Path, pattern: str, chunk: int, file: int, video_key: str = "") -> Path:
-    """The file of a `data_path` or `video_path` pattern. The pattern comes with the data: it may not leave `root`."""
+    """The file of a `data_path` or `video_path` pattern, in the words of v3.0 (chunk_index, file_index) or of v2.x
+    (episode_chunk, episode_index). The pattern comes with the data: it may not leave `root`."""
     try:
-        name = pattern.format(chunk_index=chunk, file_index=file, video_key=video_key)
+        name = pattern.format(chunk_index=chunk, file_index=file, episode_chunk=chunk, episode_index=file,
+                              video_key=video_key)  # fmt: skip
     except (KeyError, IndexError, ValueError, AttributeError) as error:
         raise problem(
             f"file pattern {pattern!r} in {root / INFO_PATH} ({error})", DATA_PATH, "mend the pattern"
@@ -86,14 +101,15 @@ def read_info(root: Path) -> dict[str, Any]:
     """`meta/info.json`, with the fields a reader cannot do without. Unknown keys are kept and ignored."""
     path = root / INFO_PATH
     if not path.is_file():
-        raise problem(f"no {path}", "the root of a LeRobotDataset v3.0", "pass the folder that holds meta/ and data/")
+        raise problem(f"no {path}", "the root of a LeRobotDataset", "pass the folder that holds meta/ and data/")
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise problem(f"{path}: {error}", "JSON", "restore the file or download the dataset again") from error
     version = info.get("codebase_version") if isinstance(info, dict) else None
-    if not str(version).startswith("v3."):
-        raise problem(f"{path}: codebase_version {version!r}", VERSION, "convert the dataset with lerobot's converter")
+    if not str(version).startswith(("v3.", *V2_VERSIONS)):
+        expected = f"{VERSION}, {' or '.join(V2_VERSIONS)}"
+        raise problem(f"{path}: codebase_version {version!r}", expected, "convert the dataset with lerobot's converter")
     for name, kind in (("fps", (int, float)), ("features", dict), ("total_episodes", int), ("total_frames", int)):
         if not isinstance(info.get(name), kind):
             raise problem(f"{path}: {name} is {info.get(name)!r}", "a value as lerobot writes it", "mend info.json")
@@ -171,7 +187,7 @@ def decode_image(data: bytes | None, where: str) -> np.ndarray:
         raise problem(f"{where}: no image bytes", "embedded PNG or JPEG", "export the dataset with embedded images")
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
-            return np.array(image.convert("RGB"))
+            return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise problem(
             f"{where}: {error}", "a PNG or JPEG image", "the frame is damaged: copy the file again"

@@ -1,4 +1,4 @@
-"""Read a LeRobotDataset v3.0 from a local folder with pyarrow and PyAV; neither `lerobot` nor `datasets` is needed.
+"""Read a LeRobotDataset v3.0, v2.1 or v2.0 with pyarrow and PyAV; neither `lerobot` nor `datasets` is needed.
 
 The table of episodes (meta/episodes) says what belongs to the dataset: files it does not name are ignored. Stored
 statistics are never read: their quantiles are merged approximately (see `vla.finetune.statistics`).
@@ -6,13 +6,16 @@ statistics are never read: their quantiles are merged approximately (see `vla.fi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vla.finetune import lerobot_v21
 from vla.finetune.lerobot_format import (
     DATA_PATH,
     INFO_PATH,
@@ -20,85 +23,105 @@ from vla.finetune.lerobot_format import (
     VIDEO_PATH,
     camera_of,
     column_array,
+    decode_image,
     file_path,
+    image_shape_of,
     names_of,
     read_columns,
     read_info,
 )
 from vla.finetune.lerobot_frames import FrameFiles
-from vla.finetune.lerobot_tables import read_episodes, read_tasks
-from vla.types import Episode, Observation, Step, problem
+from vla.finetune.lerobot_tables import EpisodeRow, read_episodes, read_tasks
+from vla.finetune.source import FrameSource
+from vla.types import Episode, problem
 
+JPEG_START = b"\xff\xd8\xff"
 TOLERANCE_S = 1e-4  # lerobot's: a decoded frame further than this from its timestamp is a fault
 
 
-class LeRobotReader:
+class LeRobotReader(FrameSource):
     """Random access to frames and episodes.
 
     Encoded frames of up to `cache_mb` MiB are kept per process. Picklable: a copy opens its own files, and a forked
     child reopens them.
+
+    Args:
+        root: folder that holds meta/ and data/.
+        name: the `unnorm_key` of its statistics; the folder's name if None.
+        need: called with the path of each data or video file before it is opened, so that it can be put there first
+            (see `vla.finetune.hub`). Must be picklable.
     """
 
-    def __init__(self, root: Path | str, name: str | None = None, cache_mb: int = 256) -> None:
+    def __init__(
+        self,
+        root: Path | str,
+        name: str | None = None,
+        cache_mb: int = 256,
+        need: Callable[[Path], object] | None = None,
+    ) -> None:
         self.root = Path(root)
+        self.where = str(self.root)
         self.name = name or self.root.resolve().name
         self.cache_mb = cache_mb
         self.info = read_info(self.root)
+        self.is_v2 = self.info["codebase_version"].startswith("v2.")
         self.features: dict[str, dict[str, Any]] = self.info["features"]
         self.fps = float(self.info["fps"])
         self.camera_keys = {camera_of(key) or key: key for key, feature in self.features.items()
                             if feature["dtype"] in ("image", "video")}  # fmt: skip
-        self.tasks = read_tasks(self.root)
-        self.episodes = read_episodes(self.root, self._video_keys())
+        self.cameras = tuple(self.camera_keys)  # without `observation.images.`, in the order of the data
+        self.state_key = "observation.state" if "observation.state" in self.features else None
+        self.state_names = names_of(self.features[self.state_key]) if self.state_key else ()
+        self.action_names = names_of(self._feature("action"))
+        keys = [key for key in self.camera_keys.values() if self.features[key]["dtype"] == "video"]
+        if self.is_v2:
+            self.tasks = lerobot_v21.read_tasks(self.root)
+            rows = lerobot_v21.read_episodes(self.root, self.info, keys)
+        else:
+            self.tasks, rows = read_tasks(self.root), read_episodes(self.root, keys)
+        self._need = need
+        self._hold(rows)
         self._check_totals()
-        self._stops = np.array([row.stop for row in self.episodes], np.int64)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was read: columns and open files."""
+        left_out = ("_columns", "_frames", "_actions", "_states", "_timestamps", "_stops")
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._hold(self.episodes)
+
+    def _hold(self, rows: Sequence[EpisodeRow]) -> None:
+        """These episodes, nothing of them read yet."""
+        self.episodes: Sequence[EpisodeRow] = rows
         self._first_row: dict[tuple[int, int], int] = {}
         self._n_rows: dict[tuple[int, int], int] = {}
-        for row in self.episodes:
+        for row in rows:
             self._first_row.setdefault(row.data_file, row.start)
             self._n_rows[row.data_file] = self._n_rows.get(row.data_file, 0) + len(row)
         self._columns: dict[str, np.ndarray] = {}
-        self._frames = FrameFiles(cache_mb)
+        self._frames = FrameFiles(self.cache_mb)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return LeRobotReader, (self.root, self.name, self.cache_mb)
+    def parts(self) -> Iterator[LeRobotReader]:
+        """One reader per data file, its frames and episodes counted from 0: what a stream holds at a time."""
+        rows: dict[tuple[int, int], list[EpisodeRow]] = {}
+        for row in self.episodes:
+            rows.setdefault(row.data_file, []).append(row)
+        for found in rows.values():
+            first = found[0].start
+            part = copy.copy(self)
+            part._hold([replace(r, index=k, start=r.start - first, stop=r.stop - first) for k, r in enumerate(found)])
+            yield part
 
-    def __len__(self) -> int:
-        """Number of frames."""
-        return self.episodes[-1].stop if self.episodes else 0
-
-    @property
-    def n_episodes(self) -> int:
-        return len(self.episodes)
-
-    @property
-    def cameras(self) -> tuple[str, ...]:
-        """Names without `observation.images.`, in the order of the data."""
-        return tuple(self.camera_keys)
-
-    @property
-    def state_key(self) -> str | None:
-        return "observation.state" if "observation.state" in self.features else None
-
-    @property
-    def state_names(self) -> tuple[str, ...]:
-        return names_of(self.features[self.state_key]) if self.state_key else ()
-
-    @property
-    def state_dim(self) -> int:
-        """S; 0 if the data has no proprioception."""
-        return len(self.state_names)
-
-    @property
-    def action_names(self) -> tuple[str, ...]:
-        return names_of(self._feature("action"))
-
-    @property
-    def action_dim(self) -> int:
-        return len(self.action_names)
+    def files(self) -> list[Path]:
+        """The data and video files of the episodes, in order."""
+        paths = [self.data_path(file) for file in self.data_files]
+        videos = [self.video_path(v[:2], key) for row in self.episodes for key, v in row.videos.items()]
+        return list(dict.fromkeys(paths + videos))
 
     def column(self, key: str) -> np.ndarray:
-        """Every row of a feature that is not an image: (N, D) for vectors, (N,) for scalars, the dtype as stored."""
+        """Every row of a feature that is not an image: (N, D) or (N,), the dtype as stored."""
         if key not in self._columns:
             feature = self._feature(key)
             width = int(np.prod(feature["shape"]))
@@ -111,7 +134,7 @@ class LeRobotReader:
 
     def file_column(self, file: tuple[int, int], key: str) -> np.ndarray:
         """The rows of `column(key)` that one data file holds."""
-        path = self.data_path(file)
+        path = self._there(self.data_path(file))
         values = column_array(read_columns(path, [key]).column(key), self._feature(key), f"{path}: {key}")
         if len(values) != self._n_rows[file]:
             raise problem(
@@ -138,35 +161,40 @@ class LeRobotReader:
         """float64 (N,) seconds since the episode began, as stored; frame_index / fps if there is no such column."""
         return self._timestamps
 
-    def episode_of(self, i: int) -> int:
-        """Index of the episode that frame `i` belongs to."""
-        self._check_frame(i)
-        return int(np.searchsorted(self._stops, i, side="right"))
-
     def instruction_of(self, i: int) -> str:
         """The instruction at frame `i`."""
         if "task_index" not in self.features:
-            return self.episodes[self.episode_of(i)].tasks[0]
+            tasks = self.episodes[self.episode_of(i)].tasks
+            return tasks[0] if tasks else ""
         task = int(self.column("task_index").reshape(-1)[i])
         if task not in self.tasks:
             raise problem(f"task_index {task} at frame {i} of {self.root}", f"one of {sorted(self.tasks)}",
-                          f"add the task to {TASKS_PATH}")  # fmt: skip
+                          f"add the task to {lerobot_v21.TASKS_PATH if self.is_v2 else TASKS_PATH}")  # fmt: skip
         return self.tasks[task]
 
     def images(self, i: int, cameras: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """Camera name -> uint8 (height, width, 3) RGB of frame `i`; all cameras by default."""
-        self._check_frame(i)
+        self.check_frame(i)
         found = {}
         for name in self.cameras if cameras is None else cameras:
             key = self.camera_key(name)
             found[name] = self._video_frame(i, key) if self.features[key]["dtype"] == "video" else self._image(i, key)
         return found
 
+    def jpeg(self, i: int, camera: str) -> bytes | None:
+        """The JPEG file that frame `i` is stored as; None for PNG and video."""
+        self.check_frame(i)
+        key = self.camera_key(camera)
+        data = self._stored(i, key)[0] if self.features[key]["dtype"] == "image" else None
+        return data if data and data.startswith(JPEG_START) else None
+
+    def image_shape(self, camera: str) -> tuple[int, int, int]:
+        """(height, width, 3) of a camera's frames, as info.json says."""
+        return image_shape_of(self.features[self.camera_key(camera)])
+
     def camera_key(self, name: str) -> str:
         """Feature key of a camera; VlaError listing the cameras there are."""
-        if name not in self.camera_keys:
-            raise problem(f"camera {name!r}", f"one of {', '.join(self.cameras) or 'none'}, the cameras of {self.root}",
-                          "choose a camera of this dataset")  # fmt: skip
+        self.check_camera(name)
         return self.camera_keys[name]
 
     def frame(self, i: int, cameras: Sequence[str] | None = None) -> dict[str, Any]:
@@ -198,33 +226,33 @@ class LeRobotReader:
         row = self.episodes[episode]
         return bool(self.column("next.success").reshape(-1)[row.start : row.stop].any())
 
+    def rewards(self) -> np.ndarray | None:
+        """float32 (N,), None if the data does not say."""
+        if "next.reward" not in self.features:
+            return None
+        return self.column("next.reward").reshape(-1).astype(np.float32, copy=False)
+
     def episode(self, i: int, cameras: Sequence[str] | None = None) -> Episode:
         """Episode `i` with its frames decoded; `cameras=()` leaves them out."""
         if not 0 <= i < self.n_episodes:
             raise problem(
                 f"episode {i}", f"0..{self.n_episodes - 1} in {self.root}", "choose an episode of this dataset"
             )
-        row, states, actions = self.episodes[i], self.states(), self.actions()
-        success = self.column("next.success").reshape(-1) if "next.success" in self.features else np.zeros(len(self))
-        reward = self.column("next.reward").reshape(-1) if "next.reward" in self.features else np.zeros(len(self))
-        steps = []
-        for k in range(row.start, row.stop):
-            state = None if states is None else states[k]
-            seen = Observation(self.images(k, cameras), state, self.instruction_of(k))
-            steps.append(Step(seen, actions[k], float(reward[k]), bool(success[k])))
-        return Episode(steps, self.instruction_of(row.start), self.name, self.success_of(i), self.seed_of(i),
-                       self.task_of(i))  # fmt: skip
-
-    def iter_episodes(self, cameras: Sequence[str] | None = None) -> Iterator[Episode]:
-        """All episodes in order, one in memory at a time."""
-        for i in range(self.n_episodes):
-            yield self.episode(i, cameras)
+        episode = super().episode(i, cameras)
+        if "next.success" not in self.features:
+            return episode
+        success = self.column("next.success").reshape(-1)[self.episodes[i].start : self.episodes[i].stop]
+        return replace(
+            episode, steps=[replace(step, success=bool(s)) for step, s in zip(episode.steps, success, strict=True)]
+        )
 
     def data_path(self, file: tuple[int, int]) -> Path:
-        return file_path(self.root, self.info.get("data_path") or DATA_PATH, *file)
+        default = lerobot_v21.DATA_PATH if self.is_v2 else DATA_PATH
+        return file_path(self.root, self.info.get("data_path") or default, *file)
 
     def video_path(self, file: tuple[int, int], key: str) -> Path:
-        return file_path(self.root, self.info.get("video_path") or VIDEO_PATH, *file, video_key=key)
+        default = lerobot_v21.VIDEO_PATH if self.is_v2 else VIDEO_PATH
+        return file_path(self.root, self.info.get("video_path") or default, *file, video_key=key)
 
     @cached_property
     def _actions(self) -> np.ndarray:
@@ -242,9 +270,6 @@ class LeRobotReader:
             return self.column("timestamp").reshape(-1).astype(np.float64)
         return np.concatenate([np.arange(len(row)) for row in self.episodes] or [np.zeros(0)]) / self.fps
 
-    def _video_keys(self) -> list[str]:
-        return [key for key in self.camera_keys.values() if self.features[key]["dtype"] == "video"]
-
     def _feature(self, key: str) -> dict[str, Any]:
         if key not in self.features:
             raise problem(f"no feature {key!r} in {self.root / INFO_PATH}", f"one of {', '.join(self.features)}",
@@ -254,9 +279,10 @@ class LeRobotReader:
     def _first_value(self, key: str, episode: int) -> Any:
         return self.column(key).reshape(-1)[self.episodes[episode].start] if key in self.features else None
 
-    def _check_frame(self, i: int) -> None:
-        if not 0 <= i < len(self):
-            raise problem(f"frame {i}", f"0..{len(self) - 1} in {self.root}", "choose a frame of this dataset")
+    def _there(self, path: Path) -> Path:
+        if self._need is not None:
+            self._need(path)
+        return path
 
     def _check_totals(self) -> None:
         for name, got in (("total_episodes", self.n_episodes), ("total_frames", len(self))):
@@ -268,8 +294,16 @@ class LeRobotReader:
         row, seconds = self.episodes[self.episode_of(i)], float(self.timestamps()[i])
         chunk, file, from_s = row.videos[key]
         rounding_s = float(np.spacing(np.float32(seconds)))  # timestamps are float32: coarse in long episodes
-        return self._frames.video(self.video_path((chunk, file), key), from_s + seconds, TOLERANCE_S + rounding_s)
+        path = self._there(self.video_path((chunk, file), key))
+        return self._frames.video(path, from_s + seconds, TOLERANCE_S + rounding_s)
 
     def _image(self, i: int, key: str) -> np.ndarray:
-        file = self.episodes[self.episode_of(i)].data_file
-        return self._frames.image(self.data_path(file), i - self._first_row[file], key)
+        return decode_image(*self._stored(i, key))
+
+    def _stored(self, i: int, key: str) -> tuple[bytes | None, str]:
+        """The encoded image of a frame, and where it is for messages."""
+        row = self.episodes[self.episode_of(i)]
+        path = self._there(self.data_path(row.data_file))
+        folders = (self.root, self.root / lerobot_v21.image_folder(key, row.index)) if self.is_v2 else ()
+        place = i - self._first_row[row.data_file]
+        return self._frames.encoded(path, place, key, folders), f"{path}: {key} in row {place}"

@@ -59,8 +59,10 @@ class LeRobotWriter:
         image_mode: Literal["image", "video"] = "image",
         resume: bool = False,
         chunks_size: int = CHUNKS_SIZE,
+        record_success: bool = True,
     ) -> None:
-        """`cameras`: name -> (height, width). Empty `state_names`: no proprioception.
+        """`cameras`: name -> (height, width). Empty `state_names`: no proprioception. `record_success` False: the data
+        does not say which episodes succeeded, and `next.success` is left out.
 
         Raises:
             VlaError: the folder is not empty and `resume` is False, or it holds other features or another fps.
@@ -68,6 +70,7 @@ class LeRobotWriter:
         self.root, self.fps, self.cameras, self.image_mode = Path(root), int(fps), dict(cameras), image_mode
         self._encoder = choose_encoder() if image_mode == "video" else None
         self._check_settings(fps)
+        self.record_success = record_success
         features = self._features(tuple(state_names), tuple(action_names))
         self.info: dict[str, Any] = {
             "codebase_version": VERSION, "fps": self.fps, "features": features,
@@ -173,7 +176,8 @@ class LeRobotWriter:
             ("seed", "int64"),
             ("task_name", "string"),
         ):
-            features[key] = {"dtype": dtype, "shape": [1], "names": None}
+            if key != "next.success" or self.record_success:
+                features[key] = {"dtype": dtype, "shape": [1], "names": None}
         return features | json.loads(json.dumps(AUTOMATIC))
 
     def _check_settings(self, fps: float) -> None:
@@ -190,7 +194,7 @@ class LeRobotWriter:
             raise problem(
                 f"{len(episode)} steps, instruction {episode.instruction!r}", "at least one step, a text", "drop it"
             )
-        if episode.success is None:
+        if episode.success is None and self.record_success:
             raise problem("an episode without success", "True or False", "set Episode.success before writing it")
         dims = {"action": self.info["features"]["action"]["shape"][0],
                 "state": self.info["features"].get("observation.state", {"shape": [0]})["shape"][0]}  # fmt: skip

@@ -38,6 +38,7 @@ from vla.policy import LocalPolicy, load_policy
 from vla.progress import Progress
 from vla.rollout import run_episodes
 from vla.threads import leave_cores_to
+from vla.tokenizers.rows import padded
 from vla.types import EpisodeRequest, EpisodeResult, Observation, Suite, problem
 from vla.worker_pool import WorkerPool
 
@@ -147,7 +148,7 @@ class TrainingQuery:
 
     observation: Observation
     token_ids: np.ndarray
-    """int64 (T,)."""
+    """int64 (T,); T differs between queries where the tokenizer's rows do."""
     logprobs: np.ndarray
     """float32 (T,), as drawn."""
     n_executed: int
@@ -325,9 +326,11 @@ class Trainer:
             yield [query for query in queries if query.episode in chosen]
 
     def _mask(self, batch: Sequence[TrainingQuery]) -> torch.Tensor:
-        action = self.policy.spec.action
-        n_executed = torch.tensor([query.n_executed for query in batch])
-        return query_mask(n_executed, action.horizon, action.dim).reshape(len(batch), -1)
+        """bool (B, T): the tokens that count. One token per dimension: those of executed actions; any other scheme
+        encodes a chunk as a whole, and all its tokens took part in what was executed."""
+        codec = self.policy.codec
+        steps = query_mask(torch.tensor([query.n_executed for query in batch]), codec.horizon, 1)[..., 0]
+        return torch.from_numpy(codec.token_mask(padded([query.token_ids for query in batch]), steps.numpy()))
 
     def _weights(self, batch: Sequence[TrainingQuery]) -> torch.Tensor:
         numbers = {episode: i for i, episode in enumerate(sorted({query.episode for query in batch}))}
@@ -340,11 +343,15 @@ class Trainer:
         """(loss, metric sums, mean entropy, largest |log-ratio|) of some queries."""
         policy, settings = self.policy, self.settings
         device = policy.backbone.device
-        ids = torch.from_numpy(np.stack([query.token_ids for query in batch])).to(device)
-        old = torch.from_numpy(np.stack([query.logprobs for query in batch])).to(device)
-        mask = self._mask(batch).to(device)
+        ids = torch.from_numpy(padded([query.token_ids for query in batch])).to(device)
+        old = torch.zeros(ids.shape)
+        for row, query in zip(old, batch, strict=True):
+            row[: len(query.logprobs)] = torch.from_numpy(query.logprobs)
+        old, mask, weights = old.to(device), self._mask(batch).to(device), weights[:, : ids.shape[1]]
         logits = policy.backbone.action_logits(policy.encode([query.observation for query in batch]), ids)
-        logp, entropy = slice_logprobs(logits, ids, policy.legal_ids.to(device), settings.temperature)
+        legal_ids, legal = policy.legal_ids.to(device), policy.legal_mask(ids)
+        filled = torch.where(ids < 0, legal_ids[0], ids)  # padded places are masked below
+        logp, entropy = slice_logprobs(logits, filled, legal_ids, settings.temperature, legal)
         loss, figures = policy_loss(
             logp, old, torch.tensor([query.advantage for query in batch], device=device), mask, weights.to(device),
             clip_low=settings.clip_low, clip_high=settings.clip_high,

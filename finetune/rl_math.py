@@ -296,7 +296,7 @@ def slice_head(hidden: Tensor, weight: Tensor, legal_ids: Tensor, bias: Tensor |
 
 
 def slice_logprobs(
-    logits: Tensor, token_ids: Tensor, legal_ids: Tensor, temperature: float = 1.0
+    logits: Tensor, token_ids: Tensor, legal_ids: Tensor, temperature: float = 1.0, legal: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(log-prob of each token, entropy in nats), both fp32 (...), over the softmax of the legal ids at `temperature`.
 
@@ -307,6 +307,7 @@ def slice_logprobs(
         logits: (..., V) of the whole vocabulary, or (..., n) from `slice_head` in the order of `legal_ids`.
         token_ids: int64 (...) vocabulary ids; `VlaError` if one is not legal, so fill masked places with a legal id.
         legal_ids: int64 (n,), ascending.
+        legal: bool (..., n), which of `legal_ids` could be drawn at each place; None: all of them everywhere.
     """
     if temperature <= 0:
         raise problem(f"temperature {temperature}", "above 0", "a greedy policy has no log-probs to train on")
@@ -314,15 +315,21 @@ def slice_logprobs(
         logits = _pick(logits, legal_ids, -1)
     position = torch.searchsorted(legal_ids, token_ids).clamp_max(len(legal_ids) - 1)
     illegal = legal_ids[position] != token_ids
+    if legal is not None:
+        illegal |= ~legal.gather(-1, position[..., None])[..., 0]
     if bool(illegal.any()):
         raise problem(
             f"token id {int(token_ids[illegal][0])}", "ids that the decoder may draw", "drop undecodable rows first"
         )
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    if legal is not None:
+        scores = scores.masked_fill(~legal, float("-inf"))
     logprobs = torch.log_softmax(scores, dim=-1)
     chosen = logprobs.gather(-1, position[..., None])[..., 0]
     probs = logprobs.exp()
-    return chosen, -torch.where(probs > 0, probs * logprobs, 0.0).sum(-1)  # 0 · log 0 = 0
+    # 0 · log 0 = 0, and the gradient of -inf would be NaN even where it is not chosen
+    safe = logprobs if legal is None else logprobs.masked_fill(~legal, 0.0)
+    return chosen, -torch.where(probs > 0, probs * safe, 0.0).sum(-1)
 
 
 def _pick(table: Tensor, ids: Tensor, dim: int) -> Tensor:

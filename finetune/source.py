@@ -80,6 +80,10 @@ class FrameSource(ABC):
     def image_shape(self, camera: str) -> tuple[int, int, int]:
         """(height, width, 3) of a camera's frames. VlaError listing the cameras if there is no such one."""
 
+    def jpeg(self, i: int, camera: str) -> bytes | None:
+        """The JPEG file that frame `i` is stored as; None if it is stored some other way."""
+        return None
+
     @abstractmethod
     def instruction_of(self, i: int) -> str:
         """The instruction at frame `i`; "" if the data has none."""

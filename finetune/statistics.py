@@ -3,21 +3,27 @@
     {dataset: {"action": {mean, std, max, min, q01, q99, mask}, "proprio": {mean, std, max, min, q01, q99},
                "num_transitions": int, "num_trajectories": int}}
 
-Quantiles are `np.quantile` over every row, in float64. The quantiles stored with LeRobot datasets are merged per
-episode and can be far off (-0.736 where the truth was -0.999), so they are never used.
+Quantiles are `np.quantile` over every row, in float64, found without holding the rows in memory (`quantiles`). The
+quantiles stored with LeRobot datasets are merged per episode and can be far off (-0.736 where the truth was -0.999), so
+they are never used.
+
+A dimension that never changes is left as it is: `vla.normalize` maps its one value to -1 and back to that value, whatever
+is predicted (OpenVLA sets such dimensions to 0 in training, even ones that its mask leaves alone).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from vla.files import write_json
-from vla.finetune.lerobot_reader import LeRobotReader
+from vla.finetune.quantiles import Blocks, RowStore, quantiles, row_blocks
+from vla.finetune.source import FrameSource
 from vla.normalize import Statistics
 from vla.types import problem
 
@@ -32,14 +38,44 @@ def vector_statistics(rows: np.ndarray, where: str) -> dict[str, list[float]]:
     Raises:
         VlaError: no rows, or a value that is not finite (`where` is named in the message).
     """
-    if not len(rows):
+    kept = rows if rows.dtype in (np.float32, np.float64) else rows.astype(np.float64)
+    return block_statistics(lambda: row_blocks(kept), where)
+
+
+def stream_statistics(
+    chunks: Iterable[np.ndarray], where: str, memory_mb: float = 256.0, folder: Path | None = None
+) -> dict[str, list[float]]:
+    """`vector_statistics` of rows that can be read only once, in chunks (n, D).
+
+    Args:
+        memory_mb: rows beyond this go to a temporary file.
+        folder: of that file; the system's own if None.
+    """
+    store = RowStore(memory_mb, folder)
+    for chunk in chunks:
+        store.add(chunk)
+    return block_statistics(store.blocks, where)
+
+
+def block_statistics(blocks: Blocks, where: str) -> dict[str, list[float]]:
+    """`vector_statistics` of rows that are read several times, one block in memory at a time."""
+    n_rows, total, high, low = 0, np.zeros(0), np.zeros(0), np.zeros(0)
+    for block in blocks():
+        bad = np.argwhere(~np.isfinite(block))
+        if len(bad):
+            raise problem(f"{where}: {block[tuple(bad[0])]} at frame {n_rows + bad[0][0]}, dimension {bad[0][1]}",
+                          "finite numbers", "`vla data check` lists all of them; remove those episodes")  # fmt: skip
+        if len(block):
+            part, top, bottom = block.astype(np.float64).sum(0), block.max(0), block.min(0)
+            total = total + part if n_rows else part
+            high, low = (np.maximum(high, top), np.minimum(low, bottom)) if n_rows else (top, bottom)
+            n_rows += len(block)
+    if not n_rows:
         raise problem(f"{where} without rows", "at least one frame", "collect demonstrations first")
-    bad = np.argwhere(~np.isfinite(rows))
-    if len(bad):
-        raise problem(f"{where}: {rows[tuple(bad[0])]} at frame {bad[0][0]}, dimension {bad[0][1]}", "finite numbers",
-                      "`vla data check` lists all of them; remove those episodes")  # fmt: skip
-    exact = rows.astype(np.float64)
-    values = (exact.mean(0), exact.std(0), exact.max(0), exact.min(0), *np.quantile(exact, [0.01, 0.99], axis=0))
+    mean = total / n_rows
+    spread = sum(np.square(block.astype(np.float64) - mean).sum(0) for block in blocks())
+    marks = quantiles(blocks, n_rows, len(mean), (0.01, 0.99))
+    values = (mean, np.sqrt(spread / n_rows), high.astype(np.float64), low.astype(np.float64), *marks)
     return {name: value.tolist() for name, value in zip(_FIELDS, values, strict=True)}
 
 
@@ -53,20 +89,72 @@ def action_mask(names: Sequence[str], gripper_dim: int | None | Literal["named"]
 
 
 def dataset_statistics(
-    reader: LeRobotReader,
+    source: FrameSource,
     gripper_dim: int | None | Literal["named"] = "named",
     episodes: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """One dataset's entry. `episodes` limits it, e.g. to those trained on; `gripper_dim` as in `action_mask`."""
-    rows = [reader.episodes[i] for i in (range(reader.n_episodes) if episodes is None else episodes)]
-    frames = np.concatenate([np.arange(row.start, row.stop) for row in rows] or [np.zeros(0, np.int64)])
-    mask = action_mask(reader.action_names, gripper_dim)
-    entry: dict[str, Any] = {"action": vector_statistics(reader.actions()[frames], f"action of {reader.root}")}
+    spans = [source.episodes[i] for i in (range(source.n_episodes) if episodes is None else episodes)]
+    mask = action_mask(source.action_names, gripper_dim)
+    entry: dict[str, Any] = {"action": _of_spans(source.actions(), spans, f"action of {source.where}")}
     entry["action"]["mask"] = mask
-    states = reader.states()
+    states = source.states()
     if states is not None:
-        entry["proprio"] = vector_statistics(states[frames], f"{reader.state_key} of {reader.root}")
-    return entry | {"num_transitions": len(frames), "num_trajectories": len(rows)}
+        entry["proprio"] = _of_spans(states, spans, f"state of {source.where}")
+    return entry | {"num_transitions": sum(s.stop - s.start for s in spans), "num_trajectories": len(spans)}
+
+
+def _of_spans(rows: np.ndarray, spans: Sequence[Any], where: str) -> dict[str, list[float]]:
+    """Of the rows of these episodes; all of them are not copied."""
+    if spans and sum(s.stop - s.start for s in spans) == len(rows):
+        return vector_statistics(rows, where)
+    chosen = [rows[s.start : s.stop] for s in spans]
+    return vector_statistics(np.concatenate(chosen) if chosen else rows[:0], where)
+
+
+def constant_dimensions(entry: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Group ("action", "proprio") -> the dimensions that never change in the data; groups without any are left out."""
+    found = {}
+    for group in ("action", "proprio"):
+        if group in entry:
+            same = np.flatnonzero(np.equal(entry[group]["min"], entry[group]["max"])).tolist()
+            found |= {group: same} if same else {}
+    return found
+
+
+def constant_warnings(statistics: Statistics) -> list[str]:
+    """A line for each dataset and group with dimensions that never change, for printing."""
+    return [
+        f"{dataset}: {group} dimensions {', '.join(map(str, dimensions))} never change; they are kept at their one value"
+        for dataset, entry in statistics.items() for group, dimensions in constant_dimensions(entry).items()
+    ]  # fmt: skip
+
+
+def statistics_hash(source: FrameSource, declared: Mapping[str, Any] | None = None) -> str:
+    """16 hex digits that tell data apart by what they declare: names, sizes, episode lengths, and whatever else decides
+    the numbers, e.g. `declared={"split": "train[:95%]", "standardizer": row}`. The numbers themselves are not read."""
+    stops = np.array([span.stop for span in source.episodes], np.int64)
+    fields = {
+        "name": source.name, "action_names": list(source.action_names), "state_names": list(source.state_names),
+        "n_frames": len(source), "n_episodes": source.n_episodes, "fps": source.fps,
+        "episodes": hashlib.sha256(stops.tobytes()).hexdigest(), "declared": dict(declared or {}),
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def cached_statistics(
+    source: FrameSource,
+    folder: Path,
+    gripper_dim: int | None | Literal["named"] = "named",
+    declared: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """`dataset_statistics`, kept in folder/dataset_statistics_<hash>.json and read from there the next time."""
+    path = folder / f"dataset_statistics_{statistics_hash(source, {**(declared or {}), 'gripper': gripper_dim})}.json"
+    if path.is_file():
+        return read_statistics(path)[source.name]
+    entry = dataset_statistics(source, gripper_dim)
+    write_statistics(path, {source.name: entry})
+    return entry
 
 
 def write_statistics(path: Path, value: Statistics) -> None:

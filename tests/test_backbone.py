@@ -8,11 +8,13 @@ from PIL import Image
 
 from vla.adapters import lora_targets, part_of, place_actions
 from vla.backbone import Backbone, load_backbone
+from vla.tokenizers.grammar import free_grammar
 from vla.types import VlaError
 
 PROMPTS = ["open the drawer", "close the window State: 12 200 31 255 and a longer text", "open the drawer"]
 LEGAL = torch.arange(300, 400)
 T = 5
+GRAMMAR = free_grammar(LEGAL.tolist(), T)
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
@@ -30,7 +32,7 @@ def images() -> list[Image.Image]:
 
 def test_sampled_logprobs_equal_a_teacher_forced_pass(backbone, images):
     inputs = backbone.encode(PROMPTS, [[image] for image in images])
-    ids, logprobs = backbone.sample(inputs, LEGAL, T)
+    ids, logprobs = backbone.sample(inputs, GRAMMAR)
     with torch.no_grad():
         logits = backbone.action_logits(inputs, ids)[..., LEGAL].float()
     forced = torch.log_softmax(logits, -1).gather(2, (ids - LEGAL[0])[..., None])[..., 0]
@@ -40,12 +42,11 @@ def test_sampled_logprobs_equal_a_teacher_forced_pass(backbone, images):
 
 def test_a_row_does_not_depend_on_its_batch(backbone, images):
     keys = [(7, 0), (7, 1), (7, 2)]
-    together, logprobs = backbone.sample(backbone.encode(PROMPTS, [[i] for i in images]), LEGAL, T, 1.0, keys)
+    together, logprobs = backbone.sample(backbone.encode(PROMPTS, [[i] for i in images]), GRAMMAR, 1.0, keys)
     order = [2, 0]
     apart, apart_logprobs = backbone.sample(
         backbone.encode([PROMPTS[i] for i in order], [[images[i]] for i in order]),
-        LEGAL,
-        T,
+        GRAMMAR,
         1.0,
         [keys[i] for i in order],
     )
@@ -56,7 +57,7 @@ def test_a_row_does_not_depend_on_its_batch(backbone, images):
 def test_only_legal_ids_are_produced(backbone, images):
     legal = torch.tensor([301, 317, 399])
     inputs = backbone.encode(PROMPTS, [[image] for image in images])
-    ids, _ = backbone.sample(inputs, legal, 40, 3.0, [(i,) for i in range(3)])
+    ids, _ = backbone.sample(inputs, free_grammar(legal.tolist(), 40), 3.0, [(i,) for i in range(3)])
     assert set(ids.unique().tolist()) <= set(legal.tolist())
 
 

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+import tracemalloc
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 from episodes import WRITER, make_episode
+from sources import ArraySource, toy_source
 
 from vla.finetune import chunks
 from vla.finetune.chunks import ChunkDataset, Sample, epoch_order, holdout_split
 from vla.finetune.lerobot_reader import LeRobotReader
 from vla.finetune.lerobot_writer import LeRobotWriter
+from vla.finetune.source import Span
 from vla.types import VlaError
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -133,3 +136,96 @@ def test_wrong_camera_and_nothing(toy):
         ChunkDataset([("toy", toy)], 2, cameras=("front", "top"))
     with pytest.raises(VlaError, match="0 sources"):
         ChunkDataset([], 2)
+
+
+def sources_of_two_kinds():
+    rng = np.random.default_rng(3)
+    a = toy_source(3, 5, name="a", cameras={"front": (16, 20), "wrist": (8, 8)})
+    actions = [rng.uniform(-1, 1, (n, 3)) for n in (4, 9)]
+    b = ArraySource(actions, [rng.normal(size=(n, 2)) for n in (4, 9)], name="b", cameras={"image_0": (10, 12)},
+                    action_names=("dx", "dy", "gripper"), state_names=("u", "v"))  # fmt: skip
+    return a, b
+
+
+def test_each_dataset_has_its_own_cameras_and_states():
+    a, b = sources_of_two_kinds()
+    plain = ChunkDataset([("a", a), ("b", b)], 2, cameras=("primary=front|image_0",))
+    cached = ChunkDataset([("a", a), ("b", b)], 2, cameras=("primary=front|image_0",), cache_images=True)
+    assert plain.cameras == ("primary",) and len(plain) == 31
+    first, last = plain[0], plain[30]
+    assert list(first.images) == ["primary"] and first.images["primary"].shape == (16, 20, 3)
+    np.testing.assert_array_equal(last.images["primary"], b.images(12)["image_0"])
+    assert (first.dataset, last.dataset) == ("a", "b")
+    assert first.state is not None and last.state is not None and (first.state.shape, last.state.shape) == ((3,), (2,))
+    assert all(same(plain[i], cached[i]) for i in range(31))
+    message = r"camera 'front' or 'wrist'; expected one of image_0, the cameras of 'b' \(memory/b\); fix: .*primary=KEY"
+    with pytest.raises(VlaError, match=message):
+        ChunkDataset([("a", a), ("b", b)], 2, cameras=("primary=front|wrist",))
+    with pytest.raises(VlaError, match="expected different names"):
+        ChunkDataset([("a", a)], 2, cameras=("x=front", "x=wrist"))
+
+
+def test_weights_per_frame_as_openvla():
+    a, b = sources_of_two_kinds()  # 18 and 13 frames
+    sources = [("a", a), ("b", b)]
+    same_weight = ChunkDataset(sources, 1, (), (1, 1), balance=True)
+    assert same_weight.epoch_size == len(same_weight) == 31
+    assert sorted(same_weight.indices(0, 31)) == list(range(31))  # each frame once
+    half = ChunkDataset(sources, 1, (), (1, 0.5), balance=True, seed=2)
+    share = 18 / (18 + 6.5)
+    assert half.epoch_size == int(18 / share) == 24
+    counts = np.bincount(half.indices(0, 24 * 50) >= 18)
+    assert counts[0] / counts.sum() == pytest.approx(share, abs=0.02)
+    rare = ChunkDataset(
+        sources, 1, (), (0.1, 1), balance=True
+    )  # the epoch lasts until b, whose weight is 1, is through
+    assert rare.epoch_size == int(13 / (13 / (1.8 + 13)) + 1e-6) == 14
+    no_one = ChunkDataset(sources, 1, (), (0.5, 2), balance=True)  # no weight is 1: until each has been through
+    assert no_one.epoch_size == int(18 / (9 / (9 + 26)) + 1e-6) == 70
+    np.testing.assert_array_equal(no_one.indices(60, 100), no_one.indices(0, 160)[60:])
+
+
+@pytest.mark.parametrize("options", [{}, {"weights": (1, 3)}, {"weights": (1, 0.5), "balance": True}])
+def test_ranks_workers_and_restarts_see_one_stream(options):
+    """What `vla finetune` does: a global batch is split over the ranks; a restart begins at a saved position."""
+    sources = [(s.name, s) for s in sources_of_two_kinds()]
+    dataset = ChunkDataset(sources, 2, ("c=front|image_0",), seed=7, holdout_episodes=1, **options)
+    one = np.concatenate([dataset.indices(k * 12, 12) for k in range(9)])
+    ranks = [np.concatenate([dataset.indices(k * 12, 12)[rank::3] for k in range(9)]) for rank in range(3)]
+    np.testing.assert_array_equal(np.stack(ranks, 1).reshape(-1), one)
+    again = ChunkDataset(sources, 2, ("c=front|image_0",), seed=7, holdout_episodes=1, **options)
+    np.testing.assert_array_equal(again.indices(41, 60), one[41:101])
+    for a, b in islice(zip(dataset.batches(5, 4), again.batches(5, 4, workers=2), strict=True), 6):
+        assert all(same(x, y) for x, y in zip(a, b, strict=True))
+
+
+class ManyFrames(ArraySource):
+    """Millions of frames that are never read."""
+
+    def __init__(self, n_episodes: int, n: int) -> None:
+        super().__init__([np.zeros((1, 7))], cameras={})
+        self.episodes = [Span(k, k * n, (k + 1) * n) for k in range(n_episodes)]
+
+
+def test_millions_of_frames_cost_little():
+    tracemalloc.start()
+    try:
+        dataset = ChunkDataset([("m", ManyFrames(2_000, 1000)), ("n", ManyFrames(10, 1000))], 8, holdout_episodes=5)
+        assert tracemalloc.get_traced_memory()[1] < 5e6  # tables of episodes, none of frames
+        assert dataset.locate(0)[0] == 0 and dataset.locate(dataset.holdout_indices[-1])[0] == 1
+        dataset.indices(3, 16)
+        assert tracemalloc.get_traced_memory()[1] < 24 * len(dataset)
+    finally:
+        tracemalloc.stop()
+    frames = [dataset.locate(i)[1] for i in dataset.indices(0, 2000).tolist()]
+    assert len(set(frames)) > 1990
+
+
+def test_episodes_without_an_instruction_are_left_out_if_wanted():
+    source = toy_source(4, 5, instructions=["open", "", " ", "close"])
+    dataset = ChunkDataset([("a", source)], 2, skip_unlabelled=True)
+    assert len(dataset) == 5 + 8 and dataset.n_unlabelled == 2
+    assert {dataset[i].instruction for i in range(len(dataset))} == {"open", "close"}
+    assert len(ChunkDataset([("a", source)], 2)) == 26
+    with pytest.raises(VlaError, match="no frame to train on in a, 2 episodes left out that have no instruction"):
+        ChunkDataset([("a", toy_source(2, 5, instructions=["", ""]))], 2, skip_unlabelled=True)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from pathlib import Path
@@ -11,17 +12,16 @@ import pytest
 from episodes import WRITER, make_episode
 from test_lerobot_reader import IMAGE, VIDEO, tree_hash
 
-from vla.finetune.data_program import (
-    CheckSettings,
-    CollectSettings,
-    InspectSettings,
-    StatsSettings,
-    run_check,
-    run_collect,
-    run_inspect,
-    run_stats,
-)
+from vla.finetune.data_check import Settings as CheckSettings
+from vla.finetune.data_check import run as run_check
+from vla.finetune.data_convert import Settings as ConvertSettings
+from vla.finetune.data_convert import run as convert
+from vla.finetune.data_inspect import Settings as InspectSettings
+from vla.finetune.data_inspect import run as run_inspect
+from vla.finetune.data_program import CollectSettings, StatsSettings, run_collect, run_stats
 from vla.finetune.dataset_check import check_dataset
+from vla.finetune.lerobot_format import encode_png
+from vla.finetune.lerobot_reader import LeRobotReader
 from vla.finetune.lerobot_writer import LeRobotWriter
 from vla.finetune.statistics import read_statistics
 from vla.testing import FakeSuite
@@ -53,7 +53,7 @@ def texts(root: Path, level: str = "error", **options) -> list[str]:
 def test_clean_datasets(toy, capsys):
     for root in (toy, IMAGE, VIDEO):
         assert check_dataset(root, all_frames=True) == []
-    assert run_check(CheckSettings(toy)) == []
+    assert run_check(CheckSettings(str(toy))) == []
     assert "no errors, 0 warnings" in capsys.readouterr().out
 
 
@@ -63,7 +63,7 @@ def test_every_damaged_file_is_named(toy, capsys):
         path.write_bytes(path.read_bytes()[:2000])
     before = tree_hash(toy)
     with pytest.raises(VlaError, match="toy: 2 errors, 0 warnings"):
-        run_check(CheckSettings(toy))
+        run_check(CheckSettings(str(toy)))
     out = capsys.readouterr().out
     assert "file-000.parquet (2000 bytes)" in out and "file-002.parquet" in out and "file-001.parquet" not in out
     assert tree_hash(toy) == before
@@ -114,26 +114,50 @@ def test_damaged_video_and_frames(tmp_path, toy):
 
 def test_no_dataset_at_all(tmp_path):
     with pytest.raises(VlaError, match="1 errors"):
-        run_check(CheckSettings(tmp_path))
+        run_check(CheckSettings(str(tmp_path)))
     assert texts(tmp_path)[0].startswith("got no ")
     LeRobotWriter(tmp_path / "empty", **WRITER)
     assert texts(tmp_path / "empty") == [f"{tmp_path / 'empty'} has no episodes"]
     with pytest.raises(VlaError, match="without episodes"):
-        run_inspect(InspectSettings(tmp_path / "empty"))
+        run_inspect(InspectSettings(str(tmp_path / "empty")))
 
 
 def test_inspect_prints_and_writes_one_page(toy, tmp_path, capsys):
     info = json.loads((toy / "meta/info.json").read_text())
     info["features"]["action"]["names"] = ["<b>dx", "dy", "gripper"]
     (toy / "meta/info.json").write_text(json.dumps(info))
-    run_inspect(InspectSettings(toy, tmp_path / "page.html", samples=2))
+    run_inspect(InspectSettings(str(toy), tmp_path / "page.html", samples=2))
     out = capsys.readouterr().out
     assert "toy: 3 episodes, 15 frames, 10 fps, cameras front, wrist, state 3, action 3" in out
     assert "open the drawer" in out and "gripper" in out
     page = (tmp_path / "page.html").read_text()
-    assert page.count("<img") == 1 + 2 * 3 * 2  # a histogram; two episodes, three frames, two cameras
+    assert page.count("<img") == 2 + 2 * 3 * 2  # actions and lengths; two episodes, three frames, two cameras
     assert "src='http" not in page and "<b>dx" not in page and "&lt;b&gt;dx" in page
     assert "Episode 0: open the drawer" in page and "<td>102</td>" in page  # the seed of the last episode
+
+
+def test_inspect_any_format_the_right_way_up(toy, tmp_path):
+    convert(ConvertSettings(str(toy), "cache", tmp_path / "cache"))
+    pages = []
+    for data, rotation_deg in ((toy, 0), (tmp_path / "cache", 0), (tmp_path / "cache", 180)):
+        run_inspect(InspectSettings(str(data), tmp_path / "page.html", 1, rotation_deg))
+        pages.append((tmp_path / "page.html").read_text())
+    assert pages[0] == pages[1] != pages[2]
+    upright = encode_png(np.ascontiguousarray(LeRobotReader(toy).images(0)["front"][::-1, ::-1]))
+    assert base64.b64encode(upright).decode() in pages[2]
+
+
+def test_check_prints_json_with_episodes_and_fixes(toy, tmp_path, capsys):
+    convert(ConvertSettings(str(toy), "cache", tmp_path / "cache"))
+    capsys.readouterr()
+    with pytest.raises(VlaError, match="1 errors, 0 warnings"):
+        run_check(CheckSettings(str(tmp_path / "cache"), against=str(toy), json=True))
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    assert [(f["check"], f["episodes"], f["level"]) for f in findings] == [("leaks", [0, 1, 2], "error")]
+    with pytest.raises(VlaError, match="1 errors"):
+        run_check(CheckSettings(str(toy), against=str(toy)))
+    assert "episodes 0, 1, 2; fix: drop them from one of the two" in capsys.readouterr().out
+    assert run_check(CheckSettings(str(tmp_path / "cache"), content=False)) == []
 
 
 def test_stats(toy, tmp_path, capsys):

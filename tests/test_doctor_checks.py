@@ -42,7 +42,7 @@ def predictions(**losses: float) -> Predictions:
     ids, noise = rng.integers(0, 64, (B, H * 3)), rng.normal(0, 0.2, B)
     rows = {"own": 1.0 + noise} | {k.replace("_", " "): v + noise * 1.1 for k, v in losses.items()}
     return Predictions(NAMES, truth, np.ones((B, H), bool), truth.copy(), np.ones(B, bool), ids, ids.copy(), ids.copy(),
-                       rows, {"front": 100.0, "wrist": 90.0})  # fmt: skip
+                       rows, {"front": 100.0, "wrist": 90.0}, np.ones(ids.shape, bool))  # fmt: skip
 
 
 def data(actions: np.ndarray, states: np.ndarray | None, names: tuple[str, ...] = (), **more: Any) -> DataView:

@@ -374,7 +374,7 @@ class PolicyOfADirectory(NoisyPolicy):
 
     spec = PolicySpec(
         "mine", BackboneSpec("tiny"), ActionSpec(("dx",) * 6 + ("gripper",), 8, gripper_dim=6),
-        ImageSpec(("agentview", "wrist"), 224), PromptSpec(), TokenSpec(bins=256, placement=Placement.added(10, model_vocab_size=300).save()),
+        ImageSpec(("agentview", "wrist"), 224), PromptSpec(), TokenSpec(n_symbols=256, placement=Placement.added(10, model_vocab_size=300).save()),
     )  # fmt: skip
 
 

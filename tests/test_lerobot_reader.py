@@ -212,7 +212,7 @@ def test_unknown_camera_and_frame():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"codebase_version": "v2.1"}, "codebase_version 'v2.1'; expected v3.0; fix: convert"),
+        ({"codebase_version": "v1.6"}, r"codebase_version 'v1.6'; expected v3.0, v2.1 or v2.0; fix: convert"),
         ({"fps": None}, "fps is None"),
         ({"features": {"action": {"shape": [7]}}}, "feature 'action'"),
         ({"total_episodes": 4}, "total_episodes is 4 but the table of episodes has 3"),

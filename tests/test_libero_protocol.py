@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vla.inputs import prepare_image
-from vla.jpeg import jpeg_round_trip, quantization_table
+from vla.jpeg import jpeg_round_trip
 from vla.libero_protocol import (
     LEROBOT,
     OFT,
@@ -95,7 +95,7 @@ def test_lanczos_is_tensorflows_shrinking_and_enlarging():
 
 
 def test_pillow_alone_would_not_do():
-    """Why the two numpy files exist: the same recipe with Pillow differs by more than a rounding."""
+    """Why simplejpeg and a resampler of our own are needed: the same recipe with Pillow differs by more than a rounding."""
     import io
 
     from PIL import Image
@@ -106,14 +106,6 @@ def test_pillow_alone_would_not_do():
     assert np.abs(pillow - IMAGES["noise_jpeg"]).max() > 3
     resized = Image.fromarray(IMAGES["noise_jpeg"]).resize((52, 40), Image.Resampling.LANCZOS)
     assert np.abs(np.asarray(resized).astype(int) - IMAGES["noise_resized"]).max() > 3
-
-
-def test_jpeg_has_the_standard_tables():
-    assert quantization_table(np.array([[16, 99]]), 50).tolist() == [[16, 99]]
-    assert quantization_table(np.array([[16, 99]]), 95).tolist() == [[2, 10]]
-    assert quantization_table(np.array([[16, 99]]), 100).tolist() == [[1, 1]]
-    with pytest.raises(VlaError, match="at least 8 px a side"):
-        jpeg_round_trip(np.zeros((4, 90, 3), np.uint8), 95)
 
 
 @pytest.mark.parametrize("name", ["openvla", "oft", "openpi"])
@@ -221,6 +213,16 @@ def test_disagreements_are_named_with_both_values():
     assert "image.rotation_deg" not in disagreements(OPENVLA, action, turned, frames_turned=True)
     uncropped = image_spec(OPENVLA, ("agentview",), random_crops=False)
     assert not any(name.startswith("image") for name in disagreements(OPENVLA, action, uncropped))
+
+
+def test_a_gripper_learned_with_liberos_own_signs_is_not_turned():
+    image = image_spec(OFT, ("agentview",))
+    own = ActionSpec(ACTION_NAMES, 8, gripper_dim=6)
+    assert disagreements(OFT, own, image) == {}
+    turned = dataclasses.replace(own, gripper_invert=True)
+    assert disagreements(OFT, turned, image) == {"action.gripper_invert": (True, False)}
+    unit = dataclasses.replace(own, gripper_range="unit")
+    assert disagreements(OPENPI, unit, image_spec(OPENPI, ("agentview",))) == {"action.gripper_invert": (False, True)}
 
 
 def test_old_image_specs_do_what_they_did():

@@ -47,6 +47,21 @@ def test_bad_placements() -> None:
         Placement("middle", (1, 2))  # pyright: ignore[reportArgumentType]
 
 
+def test_a_large_vocabulary_below_ids_that_keep_their_meaning() -> None:
+    """openpi's PaliGemma: id = 257152 - 1 - 128 - symbol, below the 128 <seg...> tokens, embedding padded to 257216."""
+    fast = Placement.tail(257_152, 2048, model_vocab_size=257_216, tokenizer_length=257_153, skip=128)
+    np.testing.assert_array_equal(fast.encode(np.arange(2048)), 257_152 - 1 - 128 - np.arange(2048))
+    assert Placement.load(json.loads(json.dumps(fast.save()))) == fast
+    with pytest.raises(VlaError, match=r"special tokens: \[257000\]"):
+        Placement.tail(257_152, 2048, model_vocab_size=257_216, skip=128, special_ids=[257_000])
+    with pytest.raises(VlaError, match="300 symbols below 128 skipped ids"):
+        Placement.tail(400, 300, model_vocab_size=464, skip=128)
+    with pytest.raises(VlaError, match="skipped"):
+        Placement.tail(400, 3, model_vocab_size=464, skip=-1)
+    with pytest.raises(VlaError, match="OpenVLA: 32064 for a tokenizer of 32000"):
+        Placement.tail(257_216, 2048, model_vocab_size=257_216, skip=128)
+
+
 @pytest.mark.parametrize("placement", [LLAMA, SCATTERED, ADDED], ids=lambda placement: placement.kind)
 def test_round_trips(placement: Placement) -> None:
     symbols = np.arange(placement.n_symbols)[None]

@@ -11,10 +11,16 @@ from families import FAMILIES
 from safetensors.torch import load_file, save_file
 
 from vla import merge
-from vla.adapters import parameter_counts
+from vla.adapters import parameter_counts, place_actions
+from vla.backbone import load_backbone
 from vla.policy import LocalPolicy, create_policy, load_policy
 from vla.quantize import quantized_options, weight_bytes
 from vla.spec import ActionSpec, ImageSpec, PromptSpec, from_json, to_json
+from vla.tokenizers.fast import FastTokenizer
+from vla.tokenizers.fsq import FsqTokenizer
+from vla.tokenizers.integer_text import IntegerTextTokenizer
+from vla.tokenizers.quantile import QuantileTokenizer
+from vla.tokenizers.uniform import UniformTokenizer
 from vla.types import Observation, Policy, VlaError
 
 STATISTICS = {
@@ -29,7 +35,7 @@ def make(folder, family="llava", **options) -> LocalPolicy:
     torch.manual_seed(0)
     policy = create_policy(
         str(folder), name="toy", action=ActionSpec(("a", "b"), 3), image=ImageSpec(("cam",), 32), prompt=PROMPT,
-        statistics=STATISTICS, unnorm_key="toy", **{"bins": 64, "lora_r": 4, **options},
+        statistics=STATISTICS, unnorm_key="toy", **{"tokenizer": UniformTokenizer(64), "lora_r": 4, **options},
     )  # fmt: skip
     with torch.no_grad():
         for parameter in policy.backbone.model.parameters():
@@ -214,6 +220,96 @@ def test_overwriting_a_policy_leaves_no_other_files(saved, tmp_path):
     for _ in range(2):
         policy.save(tmp_path / "p", stage="finetune", settings={})
     assert [p.name for p in tmp_path.iterdir()] == ["p"]
+
+
+TOKENIZERS = {
+    "edges": lambda chunks: UniformTokenizer(33, mode="edges"),
+    "quantile": lambda chunks: QuantileTokenizer(16).fit(chunks),
+    "fast": lambda chunks: FastTokenizer(max_vocab=120).fit(chunks),
+    "fsq": lambda chunks: FsqTokenizer(levels=(5, 5), tokens=3, hidden=16, steps=30).fit(chunks),
+    "integer_text": lambda chunks: IntegerTextTokenizer(),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_any_tokenizer_acts_the_same_after_saving_loading_and_merging(tmp_path, name, temperature):
+    chunks = np.cumsum(np.random.default_rng(0).uniform(-0.3, 0.3, (300, 3, 2)), axis=1).clip(-1, 1).astype(np.float32)
+    tokenizer = TOKENIZERS[name](chunks)
+    policy = make(tmp_path / "base", tokenizer=tokenizer)
+    policy.temperature = temperature
+    policy.save(tmp_path / "policy", stage="finetune", settings={})
+    again = load_policy(tmp_path / "policy", temperature=temperature)
+    merged = load_policy(merge.run(merge.Settings(tmp_path / "policy", tmp_path / "merged")), temperature=temperature)
+    assert (again.spec.tokens.scheme, again.spec.tokens.n_symbols) == (
+        name.replace("edges", "uniform"),
+        tokenizer.vocab_size,
+    )
+    seen = observations(3)
+    answers = [p.act(seen) for p in (policy, again, merged)]
+    for mine, theirs, third in zip(*answers, strict=True):
+        assert mine.ok and mine.actions.shape == (3, 2) and np.isfinite(mine.actions).all()
+        assert np.array_equal(mine.actions, theirs.actions) and np.array_equal(mine.token_ids, theirs.token_ids)
+        assert np.array_equal(mine.token_ids, third.token_ids)
+        assert (
+            (mine.token_ids >= 0).all() and mine.logprobs.shape == mine.token_ids.shape and (mine.logprobs <= 0).all()
+        )
+    alone = policy.act(seen[1:2])[0]
+    assert np.array_equal(alone.token_ids, answers[0][1].token_ids), "whatever the lengths of the others"
+    np.testing.assert_allclose(alone.logprobs, answers[0][1].logprobs, atol=1e-5)
+    ids = policy.action_token_ids(chunks[:20] * [1.0, 2.0], "toy")
+    back, ok = policy.codec.decode(ids.numpy())
+    assert ok.all() and np.abs(back - chunks[:20]).mean() < 0.4
+
+
+def test_a_policy_from_before_other_schemes_opens(saved, tmp_path):
+    policy, folder = saved
+    old = tmp_path / "policy"
+    shutil.copytree(folder / "policy", old)
+    shutil.rmtree(old / "action_tokenizer")  # it held a file of another form, which nobody read
+    value = json.loads((old / "policy.json").read_text())
+    value["format_version"] = 1
+    value["tokens"]["bins"] = value["tokens"].pop("n_symbols")
+    (old / "policy.json").write_text(json.dumps(value))
+    again = load_policy(old)
+    for mine, theirs in zip(policy.act(observations()), again.act(observations()), strict=True):
+        assert np.array_equal(mine.actions, theirs.actions)
+    again.save(tmp_path / "new", stage="again", settings={})
+    assert load_policy(tmp_path / "new").spec.format_version == 2
+
+
+def test_a_tokenizer_that_is_not_the_policys_is_refused(saved, tmp_path):
+    copy = tmp_path / "policy"
+    shutil.copytree(saved[1] / "policy", copy)
+    UniformTokenizer(32).save(copy / "action_tokenizer")
+    with pytest.raises(VlaError, match="uniform with 32 symbols in .*expected uniform with 64, as policy.json says"):
+        load_policy(copy)
+    (copy / "action_tokenizer" / "scheme.json").unlink()
+    with pytest.raises(VlaError, match="no scheme.json"):
+        load_policy(copy)
+
+
+@pytest.mark.parametrize(
+    "family", ["llava", "qwen2_5_vl", "paligemma"]
+)  # heads of their own, and tied to the embedding
+def test_many_symbols_are_added_with_mean_rows(tmp_path, family):
+    FAMILIES[family](tmp_path / "base")
+    backbone = load_backbone(str(tmp_path / "base"))
+    tokenizer, model = backbone.processor.tokenizer, backbone.model
+    first = len(tokenizer)
+    known = min(first, backbone.n_embeddings)
+    before = [
+        layer.weight[:known].detach().clone() for layer in (model.get_input_embeddings(), model.get_output_embeddings())
+    ]
+    placement, n = place_actions(backbone, "added", 2048)
+    assert n == 2048 and placement.ids[0] == first and backbone.n_embeddings >= first + 2048 == len(tokenizer)
+    for layer, rows in zip((model.get_input_embeddings(), model.get_output_embeddings()), before, strict=True):
+        torch.testing.assert_close(layer.weight[:known], rows)
+        torch.testing.assert_close(layer.weight[first : first + 2048], rows.mean(0).expand(2048, -1))
+    with pytest.raises(VlaError, match="skip 128 with placement 'added'"):
+        place_actions(backbone, "added", 8, skip=128)
+    with pytest.raises(VlaError, match="symbols that are no numbers"):
+        make(tmp_path / "other", tokenizer=IntegerTextTokenizer(), added_init="numbers")
 
 
 def test_merge_equals_adapter_and_opens_in_stock_transformers(saved, tmp_path):

@@ -22,6 +22,8 @@ COVERED_BY = {
     "pip install '.[metaworld,bnb]'": ("Makefile", "dev,metaworld,bnb"),
     "vla data collect": ("tests/test_readme_walk.py", "data collect"),
     "vla data inspect": ("tests/test_readme_walk.py", "data inspect"),
+    "vla data": ("tests/test_data_walk.py", "## Data"),
+    "vla tokenizer": ("tests/test_data_walk.py", "## Data"),
     "vla finetune": ("tests/test_readme_walk.py", "finetune"),
     "pip install '.[libero]'": (".ci/run", "bnb,libero"),
     "vla data collect --suite libero_object": ("tests/test_libero_walk.py", "data collect"),

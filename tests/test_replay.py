@@ -49,7 +49,8 @@ def write_policy(folder: Path, reader: LeRobotReader, bins: int, names: tuple[st
     placement = Placement.tail(32000, bins, model_vocab_size=32064)
     spec = PolicySpec("p", BackboneSpec("tiny"), ActionSpec(names, 3), ImageSpec(("front",), 32), PromptSpec(),
                       TokenSpec("uniform", bins, placement.save()), "demos")  # fmt: skip
-    folder.mkdir()
+    (folder / "action_tokenizer").mkdir(parents=True)
+    UniformTokenizer(bins).save(folder / "action_tokenizer")
     (folder / "policy.json").write_text(json.dumps(to_json(spec)))
     write_statistics(folder / "dataset_statistics.json", {"demos": dataset_statistics(reader)})
 

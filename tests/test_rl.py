@@ -109,6 +109,32 @@ def test_resume_after_kill_9_is_bit_identical(folder, straight):
     assert len(read_jsonl(folder / "killed" / "metrics.jsonl")) == 2
 
 
+@pytest.mark.parametrize("tokenizer", ["fast", "quantile"])
+def test_rows_of_different_lengths_train(folder, tokenizer):
+    """Rollout and update agree on every log-probability, and the size of the micro-batches, so the padding, is no matter."""
+    out = folder / tokenizer
+    start = sft.run(sft_settings(folder, out=out / "sft", steps=30, batch_size=8, lr=5e-3, save_every_steps=30,
+                                 tokenizer=tokenizer, bins=16))  # fmt: skip
+    rows = []
+    for micro_batch in (3, 64):
+        changed = settings(folder, policy=start, out=out / f"rl{micro_batch}", iterations=1, micro_batch=micro_batch)
+        result = rl.run(changed, SUITE)
+        rows.append(read_jsonl(changed.out / "metrics.jsonl")[0])
+        assert adapter_hash(result) != adapter_hash(start)
+        assert load_policy(result).spec.tokens.scheme == tokenizer
+    for row in rows:
+        assert row["kept"] > 0 and row["undecodable"] == 0 and row["first_log_ratio_max"] < 1e-3 and row["entropy"] > 0
+    assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-3)
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], abs=1e-5)
+
+
+def test_the_tokens_that_count(folder):
+    trainer = object.__new__(rl.Trainer)
+    trainer.policy = load_policy(folder / "sft" / "policy")
+    query = rl.TrainingQuery(Observation({}, None, "x"), np.arange(6), np.zeros(6, np.float32), 2, 1.0, 0)
+    assert trainer._mask([query]).tolist() == [[True] * 4 + [False] * 2]
+
+
 def far_away_seed(suite: FakeSuite) -> int:
     """An initial state that one step cannot solve."""
     env = suite.make("reach-far")

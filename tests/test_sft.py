@@ -1,5 +1,6 @@
 """Supervised fine-tuning: exact resume after kill -9, accumulation, frozen weights, and every refusal."""
 
+import dataclasses
 import hashlib
 import os
 import signal
@@ -7,15 +8,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from sources import ARM, ArraySource
 from test_demonstrate import LiftSuite
+from test_hdf5_reader import write as write_hdf5
+from toy_scheme import WHERE, ToyTokenizer
 from training import fake_dataset, sft_settings, tiny_backbone
 
 from vla.files import read_jsonl
 from vla.finetune import collect, sft
+from vla.finetune.cache_format import CacheSettings
+from vla.finetune.cache_writer import CacheWriter
+from vla.finetune.sft_setup import build_policy, open_datasets
 from vla.policy import load_policy
+from vla.testing import FakeSuite
+from vla.tokenizers.fast import FastTokenizer
+from vla.tokenizers.schemes import SCHEMES, load_tokenizer
 from vla.types import VlaError
+
+FIXTURES = Path(__file__).parent / "fixtures"
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +126,9 @@ def test_accumulating_4x1_equals_1x4(folder):
 
 def test_only_the_adapter_changes(folder):
     settings = sft_settings(folder, out=folder / "frozen", steps=3, lr=1e-2, warmup_steps=0)
-    dataset, statistics = sft._open_data(settings)
+    dataset, statistics = open_datasets(settings)
     torch.manual_seed(0)
-    before = sft._create(settings, dataset, statistics, "cpu").backbone.model
+    before = build_policy(settings, dataset, statistics, "cpu").backbone.model
     start = {name: p.detach().clone() for name, p in before.named_parameters()}
     after = load_policy(sft.run(settings), trainable=True).backbone.model
     for name, parameter in after.named_parameters():
@@ -145,6 +158,53 @@ def test_two_processes_equal_one(folder):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
+def test_a_scheme_with_rows_of_different_lengths(folder, monkeypatch):
+    """Loss falls, accumulation changes nothing, the policy acts as it did, and its tokens are the scheme's own."""
+    monkeypatch.setitem(SCHEMES, "toy", WHERE)
+    scheme = folder / "toy_scheme"
+    scheme.mkdir()
+    ToyTokenizer(8).save(scheme)
+    changes = {"tokenizer": str(scheme), "loss_over": "actions", "lr": 5e-3, "save_every_steps": 40}
+    result = sft.run(sft_settings(folder, out=folder / "toy", steps=40, batch_size=8, **changes))
+    rows = read_jsonl(folder / "toy" / "metrics.jsonl")
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert not any("l1" in row or "holdout_l1" in row for row in rows), "tokens do not decode one by one"
+    assert all("holdout_loss" in row or "loss" in row for row in rows)
+    policy = load_policy(result)
+    assert policy.spec.tokens.scheme == "toy" and policy.spec.tokens.n_symbols == 9
+    seen, _ = FakeSuite().make("reach-near").reset(seed=0)
+    chunk, again = policy.act([seen])[0], load_policy(result).act([seen])[0]
+    assert chunk.ok and (chunk.token_ids >= 0).all() and (chunk.token_ids == again.token_ids).all()
+    for name, changed in (("toy 1x4", {"batch_size": 4}), ("toy 4x1", {"batch_size": 1, "grad_accumulation": 4})):
+        sft.run(sft_settings(folder, out=folder / name, steps=2, **{**changes, **changed}))
+    one, four = (read_jsonl(folder / name / "metrics.jsonl")[0] for name in ("toy 1x4", "toy 4x1"))
+    assert one["loss"] == pytest.approx(four["loss"], rel=1e-5)
+    assert one["grad_norm"] == pytest.approx(four["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("loss_over", ["vocabulary", "actions"])
+def test_fast_fitted_to_the_training_chunks(folder, loss_over):
+    settings = sft_settings(folder, out=folder / f"fast {loss_over}", steps=30, batch_size=8, lr=5e-3, tokenizer="fast",
+                            save_every_steps=30, loss_over=loss_over)  # fmt: skip
+    result = sft.run(settings)
+    losses = [row["loss"] for row in read_jsonl(settings.out / "metrics.jsonl") if "loss" in row]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    policy = load_policy(result, temperature=1.0)
+    seen, _ = FakeSuite().make("reach-near").reset(seed=0)
+    for i in range(20):
+        assert policy.act([dataclasses.replace(seen, key=(i,))])[0].ok
+    kept = load_tokenizer(settings.out / "action_tokenizer")
+    assert isinstance(kept, FastTokenizer) and kept.vocab_size == policy.spec.tokens.n_symbols
+
+
+def test_a_run_goes_on_with_the_tokenizer_it_began_with(folder, monkeypatch):
+    settings = sft_settings(folder, out=folder / "kept", steps=2, tokenizer="quantile", bins=16)
+    sft.run(settings)
+    monkeypatch.setattr("vla.finetune.sft_setup.action_tokenizer", None)
+    sft.run(dataclasses.replace(settings, resume=True))
+
+
 def test_bf16_trains(folder):
     result = sft.run(sft_settings(folder, out=folder / "bf16", steps=2, precision="bf16"))
     assert next(load_policy(result).backbone.model.parameters()).dtype == torch.float32
@@ -164,8 +224,12 @@ def test_dry_run_writes_nothing(folder, capsys):
         ({"cameras": ("nope",)}, "nope"),
         ({"backbone": "tinny"}, "did you mean 'tiny'"),
         ({"added_init": "numbers"}, "one token per integer"),
+        ({"tokenizer": "unifrom"}, "did you mean 'uniform'"),
+        ({"tokenizer": "/nowhere/fast"}, "no folder /nowhere/fast"),
+        ({"tokenizer": "fast", "added_init": "numbers"}, "symbols that are no numbers"),
+        ({"placement_skip": 128}, "skip 128 with placement 'added'"),
         ({"placement": "reserved"}, "reserved tokens"),
-        ({"data": (Path("/nowhere"),)}, "nowhere"),
+        ({"data": ("/nowhere",)}, "nowhere"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(folder, changes, message):
@@ -192,7 +256,7 @@ def test_learning_rate_schedules():
 def test_an_arm_with_two_cameras(folder):
     """LIBERO's shape of data needs no code: 7-D actions, 8-D state, two cameras, frames turned, decoded as needed."""
     collect.run(collect.Settings(folder / "lift", episodes_per_task=3), LiftSuite())
-    changes = {"data": (folder / "lift",), "out": folder / "arm", "steps": 2, "gripper_dim": -1, "rotation_deg": 180,
+    changes = {"data": (str(folder / "lift"),), "out": folder / "arm", "steps": 2, "gripper_dim": -1, "rotation_deg": 180,
                "cache_images": False, "holdout_episodes": 1, "gripper_convention": "+1 closes, -1 opens"}  # fmt: skip
     policy = load_policy(sft.run(sft_settings(folder, **changes)))
     spec = policy.spec
@@ -201,3 +265,71 @@ def test_an_arm_with_two_cameras(folder):
     assert policy.statistics["lift"]["action"]["mask"] == [True] * 6 + [False]
     seen, _ = LiftSuite().make("lift").reset(seed=0)
     assert policy.act([seen])[0].actions.shape == (3, 7)
+
+
+@pytest.fixture
+def four_formats(folder, tmp_path, monkeypatch) -> list[str]:
+    monkeypatch.setenv("VLA_CACHE", str(tmp_path / "indices"))
+    lerobot = str(FIXTURES / "lerobot_v3_image")
+    hdf5 = str(write_hdf5(tmp_path / "open_the_drawer_demo.hdf5"))
+    source = ArraySource([np.random.default_rng(k).uniform(-1, 1, (4, 7)) for k in range(3)], action_names=ARM)
+    writer = CacheWriter(tmp_path / "cached", source, CacheSettings())
+    for i in range(3):
+        writer.add_episode(i)
+    writer.finish()
+    return [lerobot, hdf5, str(FIXTURES / "rlds" / "tiny_arm"), str(tmp_path / "cached")]
+
+
+CAMERA = "primary=image|agentview|front"
+
+
+def test_every_format_trains_with_no_conversion(folder, four_formats, tmp_path):
+    common = {"cameras": (CAMERA,), "state": False, "steps": 1, "holdout_episodes": 0, "gripper_dim": -1}
+    for k, address in enumerate(four_formats):
+        sft.run(sft_settings(folder, data=(address,), out=tmp_path / f"alone-{k}", **common))
+    mixed = {**common, "steps": 3, "weights": (1.0, 2.0, 1.0, 0.5), "augment": True, "crop_area": 0.9}
+    policy = load_policy(sft.run(sft_settings(folder, data=tuple(four_formats), out=tmp_path / "mixed", **mixed)),
+                         unnorm_key="tiny_arm")  # fmt: skip
+    assert len(policy.statistics) == 4 and policy.spec.image.cameras == ("primary",)
+    assert policy.spec.image.crop_area == 0.9
+    rows = read_jsonl(tmp_path / "mixed" / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
+
+
+def test_mixed_and_augmented_training_resumes_and_accumulates(folder, four_formats, tmp_path):
+    """The state of both has 8 numbers; augmentation is drawn by position, so neither restarts nor batches change it."""
+    common = {"data": tuple(four_formats[:2]), "cameras": (CAMERA,), "augment": True, "crop_area": 0.9, "lora_r": 2,
+              "holdout_episodes": 1, "steps": 4, "batch_size": 2, "weights": (1.0, 1.0), "gripper_dim": -1}  # fmt: skip
+    straight = sft.run(sft_settings(folder, out=tmp_path / "straight", **common))
+    stop = sft.Loop._save
+
+    def save_then_stop(self: sft.Loop) -> None:
+        stop(self)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sft.Loop, "_save", save_then_stop)
+        sft.run(sft_settings(folder, out=tmp_path / "halves", **common))
+    resumed = sft.run(sft_settings(folder, out=tmp_path / "halves", resume=True, **common))
+    assert adapter_hash(resumed) == adapter_hash(straight)
+    parts = {**common, "batch_size": 1, "grad_accumulation": 2, "steps": 1}
+    sft.run(sft_settings(folder, out=tmp_path / "parts", **parts))
+    rows = [read_jsonl(tmp_path / name / "metrics.jsonl")[0] for name in ("straight", "parts")]
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-5)
+    assert load_policy(straight, unnorm_key="lerobot_v3_image").spec.prompt.state_names
+
+
+def test_mixtures_that_cannot_be_trained(folder, four_formats, tmp_path):
+    def refused(message: str, **changes: object) -> None:
+        with pytest.raises(VlaError, match=message):
+            sft.run(sft_settings(folder, out=tmp_path / "bad", **changes))
+
+    refused("5 state dimensions in 'tiny_arm'; expected 8, as 'lerobot_v3_image' has; fix: pass --no-state",
+            data=(four_formats[0], four_formats[2]), cameras=("image",))  # fmt: skip
+    refused(
+        "camera 'image'; expected one of agentview, wrist, the cameras of 'open_the_drawer_demo'", data=four_formats[:2]
+    )
+    refused("fake with 2 action dimensions; expected 7", data=(four_formats[0], str(folder / "fake")), state=False)
+    with pytest.raises(VlaError, match="--augment with crop_area 1.0; .*fix: pass --crop-area 0.9"):
+        sft_settings(folder, augment=True)
+    refused("2 weights for 1 datasets", data=four_formats[:1], weights=(1.0, 2.0))

@@ -11,6 +11,7 @@ from families import FAMILIES
 from vla.model_card import model_card
 from vla.policy import create_policy, load_policy
 from vla.spec import ActionSpec, ImageSpec, PromptSpec, from_json, to_json
+from vla.tokenizers.uniform import UniformTokenizer
 from vla.types import Observation, VlaError
 
 STATISTICS = {"toy": {"action": {"q01": [-1.0, 0.0], "q99": [1.0, 1.0], "mask": [True, False]}, "num_transitions": 9}}
@@ -24,7 +25,7 @@ def make(folder, **gripper):
     FAMILIES["llava"](folder)
     return create_policy(
         str(folder), name="toy", action=ActionSpec(("x", "gripper"), 3, **gripper), image=ImageSpec(("cam",), 32),
-        prompt=PromptSpec(), statistics=STATISTICS, bins=64, lora_r=4,
+        prompt=PromptSpec(), statistics=STATISTICS, tokenizer=UniformTokenizer(64), lora_r=4,
     )  # fmt: skip
 
 

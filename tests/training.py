@@ -23,7 +23,7 @@ def tiny_backbone(folder: Path, family: str = "llava") -> Path:
 def sft_settings(folder: Path, **changes: object) -> sft.Settings:
     """`folder` holds fake/ and llava/; the run goes to folder/run unless `out` says otherwise."""
     base = {
-        "data": (folder / "fake",), "out": folder / "run", "backbone": str(folder / "llava"), "horizon": 3, "bins": 64,
+        "data": (str(folder / "fake"),), "out": folder / "run", "backbone": str(folder / "llava"), "horizon": 3, "bins": 64,
         "lora_r": 4, "steps": 6, "batch_size": 4, "warmup_steps": 2, "log_every_steps": 1, "save_every_steps": 2,
         "eval_every_steps": 3, "gripper_dim": None, "device": "cpu", "image_size_px": 32,
     }  # fmt: skip

@@ -53,8 +53,9 @@ class Placement:
         model_vocab_size: int,
         tokenizer_length: int | None = None,
         special_ids: Collection[int] = (),
+        skip: int = 0,
     ) -> Self:
-        """The `n` last ids of the tokenizer, descending: symbol s has id tokenizer_vocab_size - 1 - s.
+        """The `n` last ids of the tokenizer, descending: symbol s has id tokenizer_vocab_size - 1 - skip - s.
 
         This is OpenVLA's placement: Llama-2's 32000 gives 31999 (lowest action) .. 31744. Embedding matrices are often
         padded (OpenVLA: 32064 rows); counting from the padded size would shift every action by 64 bins in silence.
@@ -64,6 +65,8 @@ class Placement:
             model_vocab_size: rows of the model's embedding matrix.
             tokenizer_length: `len(tokenizer)`. Needed if the two sizes are equal, to show that nothing is padding.
             special_ids: ids the tokenizer uses for control; none may be among the action ids.
+            skip: ids at the end that keep their meaning. openpi puts FAST's 2048 symbols below the 128 <seg...> tokens
+                of PaliGemma (`PaligemmaTokenizer`, `fast_skip_tokens`).
         """
         if tokenizer_vocab_size > model_vocab_size:
             raise problem(
@@ -84,9 +87,11 @@ class Placement:
                 "the tokenizer's own size, not the model's padded one",
                 "pass tokenizer.vocab_size",
             )
-        if not 0 < n <= tokenizer_vocab_size:
-            raise problem(f"{n} symbols", f"1 .. {tokenizer_vocab_size}, the vocabulary", "use fewer bins")
-        ids = tuple(range(tokenizer_vocab_size - 1, tokenizer_vocab_size - 1 - n, -1))
+        last = tokenizer_vocab_size - 1 - skip
+        if skip < 0 or not 0 < n <= last + 1:
+            got = f"{n} symbols" + (f" below {skip} skipped ids" if skip else "")
+            raise problem(got, f"1 .. {tokenizer_vocab_size}, the vocabulary", "use fewer symbols, or added ids")
+        ids = tuple(range(last, last - n, -1))
         return cls("tail", ids).check(model_vocab_size, special_ids)
 
     @classmethod

@@ -23,18 +23,25 @@ AddedInit = Literal["mean", "numbers"]
 PARTS = ("llm", "projector", "vision")
 
 
-def place_actions(backbone: Backbone, kind: PlacementKind, n: int, init: AddedInit = "mean") -> tuple[Placement, int]:
+def place_actions(
+    backbone: Backbone, kind: PlacementKind, n: int, init: AddedInit = "mean", skip: int = 0
+) -> tuple[Placement, int]:
     """Give `n` action symbols a place in the vocabulary; for `added`, the model and tokenizer grow.
+
+    Args:
+        skip: ids left out at the end of the vocabulary, `tail` only; 128 for PaliGemma as openpi uses it.
 
     Returns:
         The placement, and how many tokens were added (0 unless `added`).
     """
     tokenizer = backbone.processor.tokenizer
     special = tokenizer.all_special_ids
+    if skip and kind != "tail":
+        raise problem(f"skip {skip} with placement {kind!r}", "placement 'tail'", "drop one of them")
     if kind == "tail":
         placement = Placement.tail(
             tokenizer.vocab_size, n, model_vocab_size=backbone.n_embeddings, tokenizer_length=len(tokenizer),
-            special_ids=special,
+            special_ids=special, skip=skip,
         )  # fmt: skip
         return placement, 0
     if kind == "reserved":
@@ -61,7 +68,7 @@ def add_action_tokens(backbone: Backbone, n: int, init: AddedInit) -> int:
     """
     tokenizer, model = backbone.processor.tokenizer, backbone.model
     first, old_rows = len(tokenizer), backbone.n_embeddings
-    rows = [_number_ids(tokenizer, n)] if init == "numbers" else [list(range(first))]
+    rows = [_number_ids(tokenizer, n)] if init == "numbers" else [list(range(min(first, old_rows)))]
     tokenizer.add_tokens([f"<act_{i}>" for i in range(n)])
     if first + n > old_rows:
         model.resize_token_embeddings(first + n, mean_resizing=False)
@@ -95,15 +102,17 @@ def part_of(module_name: str) -> str:
 
 
 def lora_targets(model: nn.Module, parts: Collection[str]) -> list[str]:
-    """Full names of the linear layers in the chosen parts; never the output head."""
+    """Full names of the linear layers in the chosen parts; never the output head, nor layers the model does not run."""
     unknown = sorted(set(parts) - set(PARTS))
     if unknown or not parts:
         raise problem(f"LoRA parts {sorted(parts)}", f"some of {', '.join(PARTS)}", "correct --lora-parts")
+    idle: tuple[str, ...] = getattr(model, "idle_modules", ())  # OpenVLA's: weights that are only carried along
     return [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and not name.endswith("lm_head") and part_of(name) in parts
-    ]
+        and not name.startswith(idle)
+    ]  # fmt: skip
 
 
 def attach_lora(

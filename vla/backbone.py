@@ -16,10 +16,11 @@ from typing import Any, cast
 import torch
 from PIL import Image
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedConfig
 
-from vla.decoding import ActionSampler, gumbel_noise
+from vla.decoding import ActionSampler, AllComplete, gumbel_noise
 from vla.fold_norms import fold_frozen_norms
+from vla.tokenizers.grammar import IdGrammar
 from vla.types import VlaError, problem
 
 TINY = "tiny"
@@ -50,7 +51,7 @@ def load_backbone(
     device: str = "cpu",
     **options: Any,
 ) -> Backbone:
-    """Open a checkpoint with stock transformers; safetensors only, no remote code.
+    """Open a checkpoint with stock transformers, or OpenVLA's with our own classes; safetensors only, no remote code.
 
     Args:
         processor_path: where the processor is, if not in `source`.
@@ -59,9 +60,19 @@ def load_backbone(
     path = resolve_source(source)
     if dtype not in DTYPES:
         raise problem(f"dtype {dtype!r}", f"one of {', '.join(DTYPES)}", "correct --dtype")
+    kind: type[Backbone] = Backbone
     try:
-        processor = AutoProcessor.from_pretrained(str(processor_path or path))
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=DTYPES[dtype], use_safetensors=True, **options)
+        if _model_type(path, options.get("revision")) == "openvla":
+            from vla.openvla.backbone import OpenVlaBackbone
+            from vla.openvla.checkpoint import open_openvla
+
+            kind = OpenVlaBackbone
+            model, processor = open_openvla(path, processor_path or path, dtype=DTYPES[dtype], **options)
+        else:
+            processor = AutoProcessor.from_pretrained(str(processor_path or path))
+            model = AutoModelForImageTextToText.from_pretrained(
+                path, dtype=DTYPES[dtype], use_safetensors=True, **options
+            )
     except (OSError, ValueError, KeyError) as error:
         raise VlaError(f"{source} cannot be opened as an image-text-to-text model: {error}; expected a checkpoint that "
                        "AutoModelForImageTextToText loads, with its processor; fix: check the path") from error  # fmt: skip
@@ -72,7 +83,12 @@ def load_backbone(
                 if isinstance(module, nn.Conv2d):
                     cast(Any, module).to(memory_format=torch.channels_last)
         fold_frozen_norms(model)
-    return Backbone(model.eval(), processor)
+    return kind(model.eval(), processor)
+
+
+def _model_type(path: str, revision: str | None) -> str | None:
+    """`model_type` of a folder's or Hub repository's config.json."""
+    return PreTrainedConfig.get_config_dict(path, revision=revision)[0].get("model_type")
 
 
 class Backbone:
@@ -123,23 +139,27 @@ class Backbone:
     ) -> torch.Tensor:
         """(B, T, V) logits that predict each of `token_ids` (B, T), given the prompt and the ids before it.
 
+        Rows may be padded at their end with -1; what is predicted there means nothing.
+
         Args:
             model: what to call instead of `self.model`, e.g. its wrapper for data-parallel training.
         """
         n_tokens = token_ids.shape[1]
-        extended = self._extend(inputs, token_ids[:, :-1])
+        pad = self.processor.tokenizer.pad_token_id
+        extended = self._extend(inputs, torch.where(token_ids < 0, pad, token_ids)[:, :-1])
         return (model or self.model)(**extended, logits_to_keep=n_tokens, use_cache=False).logits[:, -n_tokens:]
 
     @torch.no_grad()
     def sample(
         self,
         inputs: dict[str, torch.Tensor],
-        legal_ids: torch.Tensor,
-        n_tokens: int,
+        grammar: IdGrammar,
         temperature: float = 0.0,
         keys: Sequence[tuple[int, ...]] = (),
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Exactly `n_tokens` legal ids per row, and their log-probabilities over the legal ids; both (B, T).
+        """One complete row of `grammar` per prompt, and the log-probability of each id over those legal at its place.
+
+        Both are (B, T). Rows that end before the longest are padded with id -1 and log-probability 0.
 
         Args:
             temperature: 0 is greedy.
@@ -150,10 +170,14 @@ class Backbone:
         if temperature > 0:
             if len(keys) != batch or not all(keys):
                 raise ValueError("sampling needs one non-empty key per row")
-            noise = gumbel_noise(keys, n_tokens, len(legal_ids)).to(self.device)
-        sampler = ActionSampler(legal_ids.to(self.device), n_tokens, temperature, noise)
+            noise = gumbel_noise(keys, len(grammar.ids))
+        sampler = ActionSampler(grammar, temperature, noise, self.processor.tokenizer.pad_token_id, self.device)
+        # In a grammar of one length, no row ends early: transformers then needs no word from the device at each step.
+        until = (
+            {"min_new_tokens": grammar.max_tokens} if grammar.free else {"stopping_criteria": [AllComplete(sampler)]}
+        )
         self.model.generate(
-            **inputs, logits_processor=[sampler], do_sample=False, max_new_tokens=n_tokens, min_new_tokens=n_tokens
+            **inputs, logits_processor=[sampler], do_sample=False, max_new_tokens=grammar.max_tokens, **until
         )
         return sampler.token_ids, sampler.logprobs
 

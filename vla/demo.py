@@ -124,7 +124,7 @@ def make_stages(settings: Settings) -> list[Stage]:
         if not sft_policy.exists():
             preset = sft.PRESETS["tiny-demo"]
             sft.run(dataclasses.replace(
-                preset, data=(out / "demos",), out=out / "sft", steps=settings.sft_steps, seed=settings.seed,
+                preset, data=(str(out / "demos"),), out=out / "sft", steps=settings.sft_steps, seed=settings.seed,
                 warmup_steps=min(preset.warmup_steps, settings.sft_steps // 4), eval_every_steps=max(20, settings.sft_steps // 8),
                 resume=True,
             ))  # fmt: skip

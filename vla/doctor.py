@@ -74,11 +74,11 @@ from vla.doctor_weights import (
     parent_agreement,
     trained_with,
 )
-from vla.libero_protocol import disagreements, get_protocol
 from vla.eval.suites import get_suite
 from vla.files import write_json, write_text
 from vla.finetune.lerobot_reader import LeRobotReader
 from vla.finetune.statistics import dataset_statistics
+from vla.libero_protocol import disagreements, get_protocol
 from vla.policy import LocalPolicy, library_versions, load_policy
 from vla.progress import Progress
 from vla.types import Suite, VlaError, problem

@@ -16,6 +16,8 @@ from vla.inputs import prepare_images, prepare_prompt
 from vla.normalize import action_normalizer
 from vla.policy import LocalPolicy
 from vla.spec import ImageSpec
+from vla.tokenizers.protocol import PAD
+from vla.tokenizers.rows import padded
 from vla.types import Observation
 
 JPEG_QUALITY = 95  # TensorFlow's default, with which RLDS datasets are made
@@ -74,21 +76,18 @@ class Predictions:
     ok: np.ndarray
     """bool (B,)."""
     truth_ids: np.ndarray
-    """int64 (B, T)."""
+    """int64 (B, T), padded with -1."""
     teacher_ids: np.ndarray
     """int64 (B, T): best legal id at each position given the recorded ids before it."""
     free_ids: np.ndarray
-    """int64 (B, T): greedy decoding."""
+    """int64 (B, T): greedy decoding, padded with -1, cut or filled up to the T of the recorded ids."""
     losses: dict[str, np.ndarray]
     """Variant -> float64 (B,) mean teacher-forced token loss over valid tokens. "own" is the policy as it is; the
     others, named by `variants`, are counterfactuals such as "rotation 90" or "crop 0.9"."""
     brightness: dict[str, float]
     """Camera -> mean grey level of its frames, 0..255."""
-
-    @property
-    def valid_tokens(self) -> np.ndarray:
-        """bool (B, T)."""
-        return self.valid.repeat(self.truth_ids.shape[1] // self.valid.shape[1], axis=1)
+    valid_tokens: np.ndarray
+    """bool (B, T): recorded tokens that count, as in training."""
 
 
 def view(reader: LeRobotReader) -> DataView:
@@ -181,7 +180,8 @@ def predict(
     observations = [Observation(s.images, s.state, s.instruction) for s in samples]
     truth, valid = np.stack([s.actions for s in samples]), np.stack([~s.is_pad for s in samples])
     truth_ids = policy.action_token_ids(truth, reader.name if reader.name in policy.statistics else unnorm_key)
-    weights = torch.from_numpy(valid).repeat_interleave(policy.codec.n_tokens // policy.codec.horizon, dim=1)
+    valid_tokens = policy.codec.token_mask(truth_ids.numpy(), valid)
+    weights = torch.from_numpy(valid_tokens)
     losses, teacher_ids = {}, None
     own = {"own": lambda i: Variant(observations[i], policy.spec.image)}
     for name, variant in {**own, **variants(policy, observations)}.items():
@@ -195,12 +195,13 @@ def predict(
         )
         on_frames(len(observations[start : start + BATCH]))
     assert teacher_ids is not None
-    free_ids = np.stack([chunk.token_ids for chunk in chunks if chunk.token_ids is not None])
+    free_ids = padded([chunk.token_ids for chunk in chunks if chunk.token_ids is not None])
     normalized, ok = policy.codec.decode(free_ids)
     predicted = action_normalizer(policy.statistics, unnorm_key, policy.spec.action.dim).unnormalize(normalized)
     return Predictions(
-        policy.spec.action.names, truth, valid, predicted, ok, truth_ids.numpy(), teacher_ids, free_ids, losses,
-        {camera: float(np.mean([s.images[camera].mean() for s in samples])) for camera in cameras},
+        policy.spec.action.names, truth, valid, predicted, ok, truth_ids.numpy(), teacher_ids,
+        _of_width(free_ids, truth_ids.shape[1]), losses,
+        {camera: float(np.mean([s.images[camera].mean() for s in samples])) for camera in cameras}, valid_tokens,
     )  # fmt: skip
 
 
@@ -225,7 +226,9 @@ def _teacher_force(
         prompts = [prepare_prompt(row.observation, policy.spec.prompt) for row in part]
         inputs = policy.backbone.encode(prompts, [prepare_images(row.observation, row.image) for row in part])
         logits = policy.backbone.action_logits(inputs, ids)[..., legal].float()  # (B, T, n_symbols)
-        targets = torch.searchsorted(legal, ids)
+        open_ = policy.legal_mask(ids)
+        logits = logits if open_ is None else logits.masked_fill(~open_, float("-inf"))
+        targets = torch.searchsorted(legal, ids.clamp(min=int(legal[0])))
         token_losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         valid = weights[start : start + BATCH].to(ids.device)
         token_losses = (token_losses.view_as(ids) * valid).sum(1) / valid.sum(1).clamp(min=1)
@@ -233,6 +236,11 @@ def _teacher_force(
         best.append(legal[logits.argmax(-1)].cpu().numpy())
         on_frames(len(part))
     return np.concatenate(losses), np.concatenate(best)
+
+
+def _of_width(ids: np.ndarray, width: int) -> np.ndarray:
+    """Ids (B, T) -> (B, width), cut or padded with -1."""
+    return np.pad(ids, ((0, 0), (0, max(0, width - ids.shape[1]))), constant_values=PAD)[:, :width]
 
 
 def _resizes(observations: Sequence[Observation], spec: ImageSpec) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,21 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     for line in lines[:-1]:  # the text after the last newline is empty or cut
         rows.append(json.loads(line))
     return rows
+
+
+def swap_folder(new: Path, target: Path) -> None:
+    """Fsync every file in `new`, then put it at `target`; what was there is removed afterwards."""
+    for path in sorted(new.rglob("*")):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(new, target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _plain(value: Any) -> Any:

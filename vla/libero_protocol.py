@@ -233,7 +233,11 @@ def action_fields(protocol: Protocol) -> dict[str, Any]:
 def disagreements(
     protocol: Protocol, action: ActionSpec, image: ImageSpec, *, frames_turned: bool = False
 ) -> dict[str, tuple[Any, Any]]:
-    """Field -> (the policy's, the protocol's) where they differ; a policy without crops agrees with OpenVLA's."""
+    """Field -> (the policy's, the protocol's) where they differ.
+
+    A policy without crops agrees with OpenVLA's. So does one that learned from LIBERO's own gripper signs (-1..1) instead
+    of 0..1: it must not turn them, as one of 0..1 must.
+    """
     wanted = image_spec(protocol, image.cameras, random_crops=image.crop_area < 1.0, frames_turned=frames_turned)
     ignored = {"cameras"} | ({"size_px", "resize_filter", "fit"} if protocol.resize_px is None else set())
     pairs = {
@@ -243,6 +247,8 @@ def disagreements(
     }
     gripper = action_fields(protocol)
     del gripper["gripper_convention"]
+    if action.gripper_range != protocol.gripper_range:
+        gripper = {"gripper_dim": GRIPPER, "gripper_invert": action.gripper_range == "unit"}
     pairs |= {f"action.{name}": (getattr(action, name), value) for name, value in gripper.items()}
     pairs["action.delta"] = (action.delta, True)
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

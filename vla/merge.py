@@ -19,6 +19,8 @@ from vla.backbone import DTYPES
 from vla.policy import LocalPolicy, load_policy
 from vla.types import Observation, problem
 
+MAX_PROBE_TOKENS = 256  # a longest chunk may be longer than the model's context
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -64,7 +66,8 @@ def probe_logits(policy: LocalPolicy) -> torch.Tensor:
         images = {c: rng.integers(0, 256, (spec.image.size_px,) * 2 + (3,), dtype=np.uint8) for c in spec.image.cameras}
         state = np.asarray(spec.prompt.state_low, np.float32) if spec.prompt.state_names else None
         observations.append(Observation(images, state, instruction))
-    ids = policy.legal_ids[:: max(1, len(policy.legal_ids) // policy.codec.n_tokens)][: policy.codec.n_tokens]
-    ids = ids.repeat(-(-policy.codec.n_tokens // len(ids)))[: policy.codec.n_tokens].expand(2, -1)
+    n = min(policy.codec.max_tokens, MAX_PROBE_TOKENS)
+    ids = policy.legal_ids[:: max(1, len(policy.legal_ids) // n)][:n]
+    ids = ids.repeat(-(-n // len(ids)))[:n].expand(2, -1)
     logits = policy.backbone.action_logits(policy.encode(observations), ids)
     return logits[..., policy.legal_ids].float()

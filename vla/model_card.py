@@ -32,7 +32,7 @@ def model_card(spec: PolicySpec, statistics: Statistics) -> str:
         ("action", f"{action.dim} dimensions ({', '.join(action.names)}), {'delta' if action.delta else 'absolute'}"),
         ("chunk", f"{action.horizon} actions, {action.control_hz:g} Hz"),
         ("gripper", action.gripper_convention or "none"),
-        ("action tokens", f"{spec.tokens.bins} {spec.tokens.scheme} bins, {spec.tokens.placement['kind']}"),
+        ("action tokens", f"{spec.tokens.scheme}, {spec.tokens.n_symbols} symbols, {spec.tokens.placement['kind']}"),
         ("statistics", ", ".join(f"`{key}`" for key in sorted(statistics))),
     ]
     lines = [*head, "---", "", f"# {spec.name}", "", "| | |", "|---|---|"]

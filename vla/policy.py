@@ -17,14 +17,30 @@ from peft import PeftModel
 
 from vla.adapters import AddedInit, PlacementKind, add_action_tokens, attach_lora, parameter_counts, place_actions
 from vla.backbone import Backbone, fingerprint, load_backbone
-from vla.files import write_json, write_text
+from vla.files import swap_folder, write_json, write_text
 from vla.inputs import prepare_images, prepare_prompt
 from vla.model_card import model_card
 from vla.normalize import Statistics, action_normalizer, choose_key, gripper_to_robot
 from vla.quantize import quantize_loaded, quantized_options, weight_bytes
-from vla.spec import FILE, ActionSpec, BackboneSpec, ImageSpec, PolicySpec, PromptSpec, TokenSpec, read_spec, to_json
+from vla.spec import (
+    FILE,
+    FORMAT_VERSION,
+    TOKENIZER_FOLDER,
+    ActionSpec,
+    BackboneSpec,
+    ImageSpec,
+    PolicySpec,
+    PromptSpec,
+    TokenSpec,
+    read_spec,
+    read_tokenizer,
+    to_json,
+)  # fmt: skip
 from vla.tokenizers.chunk_codec import ActionCodec
+from vla.tokenizers.grammar import FixedGrammar
 from vla.tokenizers.placement import Placement
+from vla.tokenizers.protocol import PAD, ActionTokenizer
+from vla.tokenizers.schemes import scheme_of
 from vla.tokenizers.uniform import UniformTokenizer
 from vla.types import ActionChunk, Observation, VlaError, problem
 
@@ -35,11 +51,12 @@ class LocalPolicy:
     """A policy in this process. See `vla.types.Policy`."""
 
     def __init__(
-        self, spec: PolicySpec, backbone: Backbone, statistics: Statistics, *, unnorm_key: str | None = None,
-        temperature: float = 0.0, quantization: str = "none",
+        self, spec: PolicySpec, backbone: Backbone, statistics: Statistics, tokenizer: ActionTokenizer, *,
+        unnorm_key: str | None = None, temperature: float = 0.0, quantization: str = "none",
     ) -> None:  # fmt: skip
         """
         Args:
+            tokenizer: the action tokenizer that `spec.tokens` names.
             unnorm_key: whose statistics turn tokens into physical actions; default: the spec's, or the only one.
             temperature: 0 acts greedily; above, `Observation.key` decides the draw.
             quantization: what was done to the weights, for `metadata`.
@@ -50,13 +67,13 @@ class LocalPolicy:
         self.temperature = temperature
         self.quantization = quantization
         placement = Placement.load(spec.tokens.placement)
-        tokenizer = backbone.processor.tokenizer
+        words = backbone.processor.tokenizer
         # Reserved tokens may be registered as special; ending the text is the one meaning an action id cannot share.
         reserved = spec.tokens.placement["kind"] == "reserved"
-        placement.check(backbone.n_embeddings, [tokenizer.eos_token_id] if reserved else tokenizer.all_special_ids)
-        self.codec = ActionCodec(UniformTokenizer(spec.tokens.bins), placement, spec.action.horizon, spec.action.dim)
-        self.legal_ids = torch.from_numpy(np.array(self.codec.legal_ids(0)))
-        """int64 (n_symbols,), ascending."""
+        placement.check(backbone.n_embeddings, [words.eos_token_id] if reserved else words.all_special_ids)
+        self.codec = ActionCodec(tokenizer, placement, spec.action.horizon, spec.action.dim)
+        self.legal_ids = torch.from_numpy(np.array(self.codec.legal_ids))
+        """int64 (n_symbols,), ascending: ids that may stand anywhere. `codec.grammar` says which of them where."""
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -74,9 +91,9 @@ class LocalPolicy:
     def reset(self) -> None:
         """Nothing is remembered between queries."""
 
-    def encode(self, observations: Sequence[Observation]) -> dict[str, torch.Tensor]:
-        """Model inputs of B observations."""
-        images = [prepare_images(observation, self.spec.image) for observation in observations]
+    def encode(self, observations: Sequence[Observation], image: ImageSpec | None = None) -> dict[str, torch.Tensor]:
+        """Model inputs of B observations. `image`: how frames are prepared, if not as the policy's spec says."""
+        images = [prepare_images(observation, image or self.spec.image) for observation in observations]
         prompts = [prepare_prompt(observation, self.spec.prompt) for observation in observations]
         return self.backbone.encode(prompts, images)
 
@@ -84,13 +101,14 @@ class LocalPolicy:
         if not observations:
             return []
         keys = [observation.key for observation in observations]
-        ids, logprobs = self.backbone.sample(
-            self.encode(observations), self.legal_ids, self.codec.n_tokens, self.temperature, keys
-        )
+        ids, logprobs = self.backbone.sample(self.encode(observations), self.codec.grammar, self.temperature, keys)
         token_ids, logprob_rows = ids.cpu().numpy(), logprobs.float().cpu().numpy()
         normalized, ok = self.codec.decode(token_ids)
         actions = self.to_robot(self.normalizer.unnormalize(normalized))
-        return [ActionChunk(actions[i], token_ids[i], logprob_rows[i], bool(ok[i])) for i in range(len(observations))]
+        lengths = (token_ids != PAD).sum(axis=1)
+        return [
+            ActionChunk(actions[i], token_ids[i, :n], logprob_rows[i, :n], bool(ok[i])) for i, n in enumerate(lengths)
+        ]
 
     def to_robot(self, actions: np.ndarray) -> np.ndarray:
         """Actions (..., D) as the data has them -> as the robot wants them: only the gripper can differ."""
@@ -100,18 +118,31 @@ class LocalPolicy:
         )
 
     def action_token_ids(self, actions: np.ndarray, dataset: str) -> torch.Tensor:
-        """Physical actions (B, H, D) of one dataset -> int64 ids (B, T)."""
+        """Physical actions (B, H, D) of one dataset -> int64 ids (B, T), padded with -1."""
         normalizer = action_normalizer(self.statistics, dataset, self.spec.action.dim)
         return torch.from_numpy(self.codec.encode(normalizer.normalize(actions)))
 
-    def save(self, folder: Path, *, stage: str, settings: dict[str, Any]) -> None:
-        """Write the policy directory, whole or not at all; an existing one at `folder` is replaced."""
+    def legal_mask(self, token_ids: torch.Tensor) -> torch.Tensor | None:
+        """Which of `legal_ids` stood open at each place of complete rows: ids (B, T) -> bool (B, T, n_symbols).
+
+        None where all of them always do; padded places count as open.
+        """
+        if self.codec.grammar.free:
+            return None
+        return torch.from_numpy(self.codec.grammar.row_masks(token_ids.cpu().numpy())).to(token_ids.device)
+
+    def save(self, folder: Path, *, stage: str, settings: dict[str, Any], refer: bool = False) -> None:
+        """Write the policy directory, whole or not at all; an existing one at `folder` is replaced.
+
+        Args:
+            refer: weights that are those at `spec.backbone.source` are not copied.
+        """
         peft = isinstance(self.backbone.model, PeftModel)
-        weights = "adapter" if peft else "merged"
+        weights = "adapter" if peft else "base" if refer else "merged"
         entry = {"stage": stage, "settings": json.loads(json.dumps(settings, default=str))}
         spec = dataclasses.replace(
             self.spec, backbone=dataclasses.replace(self.spec.backbone, weights=weights), versions=library_versions(),
-            provenance=(*self.spec.provenance, entry),
+            format_version=FORMAT_VERSION, provenance=(*self.spec.provenance, entry),
         )  # fmt: skip
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
@@ -121,31 +152,15 @@ class LocalPolicy:
         if peft:
             self.backbone.model.save_pretrained(temporary / "adapter", save_embedding_layers=False)
             (temporary / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is one level up
-        else:
+        elif not refer:
             self.backbone.model.save_pretrained(temporary / "model")
             self.backbone.processor.save_pretrained(temporary / "model")
-        write_json(
-            temporary / "action_tokenizer" / "tokenizer.json", {**self.codec.tokenizer.save(), "scheme": "uniform"}
-        )
+        (temporary / TOKENIZER_FOLDER).mkdir()
+        self.codec.tokenizer.save(temporary / TOKENIZER_FOLDER)
         write_json(temporary / STATISTICS_FILE, self.statistics)
         write_json(temporary / FILE, to_json(spec))
         write_text(temporary / "README.md", model_card(spec, self.statistics))
         swap_folder(temporary, folder)
-
-
-def swap_folder(new: Path, target: Path) -> None:
-    """Fsync every file in `new`, then put it at `target`; what was there is removed afterwards."""
-    for path in sorted(new.rglob("*")):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(new, target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def library_versions() -> dict[str, str]:
@@ -161,18 +176,29 @@ def library_versions() -> dict[str, str]:
 
 def create_policy(
     source: str, *, name: str, action: ActionSpec, image: ImageSpec, prompt: PromptSpec, statistics: Statistics,
-    placement: PlacementKind = "added", bins: int = 256, added_init: AddedInit = "mean", unnorm_key: str | None = None,
+    tokenizer: ActionTokenizer | None = None, placement: PlacementKind = "added", skip: int = 0, added_init: AddedInit = "mean", unnorm_key: str | None = None,
     lora_r: int = 32, lora_alpha: int = 16, lora_dropout: float = 0.0,
     lora_parts: Collection[str] = ("llm", "projector"), device: str = "cpu", dtype: str = "float32",
 ) -> LocalPolicy:  # fmt: skip
-    """A new policy: a pretrained VLM, extended with action tokens, with a fresh LoRA adapter that trains."""
+    """A new policy: a pretrained VLM, extended with action tokens, with a fresh LoRA adapter that trains.
+
+    Args:
+        tokenizer: the action tokenizer, fitted; default: 256 uniform bins.
+        skip: ids left out at the end of the vocabulary, for the placement `tail`.
+    """
+    tokenizer = tokenizer or UniformTokenizer()
+    grammar = tokenizer.grammar(action.horizon, action.dim)
+    if added_init == "numbers" and not (isinstance(grammar, FixedGrammar) and grammar.per_dimension):
+        raise problem("added_init 'numbers' for symbols that are no numbers", "a scheme of one token per dimension",
+                      "use added_init 'mean'")  # fmt: skip
     backbone = load_backbone(source, dtype=dtype, device=device)
     base = BackboneSpec(source, backbone.config.model_type, "adapter", None, fingerprint(backbone.model))
-    placed, n_added = place_actions(backbone, placement, bins, added_init)
-    tokens = TokenSpec("uniform", bins, placed.save(), n_added, added_init)
+    placed, n_added = place_actions(backbone, placement, tokenizer.vocab_size, added_init, skip)
+    tokens = TokenSpec(scheme_of(tokenizer), tokenizer.vocab_size, placed.save(), n_added, added_init)
     attach_lora(backbone, r=lora_r, alpha=lora_alpha, dropout=lora_dropout, parts=lora_parts, train_ids=placed.ids)
     spec = PolicySpec(name, base, action, image, prompt, tokens, unnorm_key)
-    return LocalPolicy(spec, backbone, statistics)
+    # With several datasets whoever loads the policy must choose; until then it acts by the first.
+    return LocalPolicy(spec, backbone, statistics, tokenizer, unnorm_key=unnorm_key or next(iter(statistics)))
 
 
 def load_policy(
@@ -191,27 +217,31 @@ def load_policy(
     folder = Path(path)
     spec = read_spec(folder)
     statistics = _read_statistics(folder / STATISTICS_FILE)
-    merged = spec.backbone.weights == "merged"
+    tokenizer = read_tokenizer(folder, spec)
+    merged, adapted = (spec.backbone.weights == kind for kind in ("merged", "adapter"))
     weights = folder / ("model" if merged else "adapter")
-    if not weights.is_dir():
+    if (merged or adapted) and not weights.is_dir():
         raise problem(f"no {weights.name}/ in {folder}", f"it, as {FILE} says weights={spec.backbone.weights!r}",
                       "restore the folder from a copy of the policy")  # fmt: skip
-    if quantization != "none" and not merged:
+    if quantization != "none" and adapted:
         raise problem(f"quantization {quantization} of an adapter policy", "merged weights",
                       f"vla merge --policy {folder} --out MERGED, then quantize MERGED")  # fmt: skip
     options, done = quantized_options(quantization, device)
     source = str(weights) if merged else spec.backbone.source
     processor_path = folder / "processor" if merged else None
+    if not merged and spec.backbone.revision is not None:
+        options["revision"] = spec.backbone.revision
     backbone = load_backbone(source, processor_path=processor_path, dtype=dtype, device=device, **options)
     backbone.model = quantize_loaded(backbone.model, done)
     if spec.backbone.model_type and backbone.config.model_type != spec.backbone.model_type:
         raise problem(f"a {backbone.config.model_type} model at {source}", spec.backbone.model_type,
                       "restore the backbone the policy was trained on")  # fmt: skip
-    if not merged:
+    if not merged and done == "none":
         found = fingerprint(backbone.model)
         if spec.backbone.fingerprint not in ("", found):
-            raise problem(f"weights {found} at {source}", f"{spec.backbone.fingerprint}, which the adapter was trained on",
-                          "restore those weights, or fine-tune again on the new ones")  # fmt: skip
+            raise problem(f"weights {found} at {source}", f"{spec.backbone.fingerprint}, which the {'adapter' if adapted else 'policy'} was "
+                          + ("trained on" if adapted else "imported from"), "restore those weights, or fine-tune again on the new ones")  # fmt: skip
+    if adapted:
         if spec.tokens.n_added:
             add_action_tokens(backbone, spec.tokens.n_added, spec.tokens.added_init)
         try:
@@ -219,7 +249,9 @@ def load_policy(
         except Exception as error:  # safetensors, JSON, shape and key errors have no common base
             raise VlaError(f"{weights} cannot be loaded onto {source}: {error}; expected the adapter this policy was "
                            "saved with; fix: restore the folder from a copy") from error  # fmt: skip
-    return LocalPolicy(spec, backbone, statistics, unnorm_key=unnorm_key, temperature=temperature, quantization=done)
+    return LocalPolicy(
+        spec, backbone, statistics, tokenizer, unnorm_key=unnorm_key, temperature=temperature, quantization=done
+    )
 
 
 def _read_statistics(path: Path) -> Statistics:

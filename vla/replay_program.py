@@ -24,7 +24,7 @@ from vla.files import write_json
 from vla.finetune.lerobot_reader import LeRobotReader
 from vla.finetune.statistics import dataset_statistics, read_statistics
 from vla.normalize import action_normalizer, gripper_to_robot
-from vla.spec import ActionSpec, read_spec
+from vla.spec import ActionSpec, read_spec, read_tokenizer
 from vla.tokenizers.chunk_codec import ActionCodec
 from vla.tokenizers.placement import Placement
 from vla.tokenizers.uniform import UniformTokenizer
@@ -146,8 +146,8 @@ def _token_path(settings: Settings, reader: LeRobotReader) -> tuple[TokenPath, A
     if spec.action.names != reader.action_names:
         raise problem(f"a policy of actions {', '.join(spec.action.names)}", f"{', '.join(reader.action_names)}, as in the data",
                       "replay data of the kind the policy was trained on")  # fmt: skip
-    placement = Placement.load(spec.tokens.placement)
-    codec = ActionCodec(UniformTokenizer(spec.tokens.bins), placement, spec.action.horizon, spec.action.dim)
+    tokenizer, placement = read_tokenizer(settings.policy, spec), Placement.load(spec.tokens.placement)
+    codec = ActionCodec(tokenizer, placement, spec.action.horizon, spec.action.dim)
     key = settings.unnorm_key or (reader.name if reader.name in statistics else spec.unnorm_key)
     action = spec.action
 

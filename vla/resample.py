@@ -11,6 +11,7 @@ import functools
 import numpy as np
 
 LANCZOS_RADIUS = np.float32(3.0)
+CROP_ROWS = 32  # at a time: what is in between stays in the processor's cache
 # sincosf_data.c: coefficients of the odd powers from 3, and of the even powers from 2.
 SINE = tuple(map(float.fromhex, ("-0x1.555545995a603p-3", "0x1.1107605230bc4p-7", "-0x1.994eb3774cf24p-13")))
 COSINE = tuple(map(float.fromhex, (
@@ -36,14 +37,33 @@ def crop_and_resize(frame: np.ndarray, area: float, height: int, width: int) -> 
     side = np.sqrt(np.float32(area))
     low = (np.float32(1.0) - side) / np.float32(2.0)
     image = frame.astype(np.float32) * np.float32(1.0 / 255.0)
-    top, bottom, down = _aligned(low, low + side, frame.shape[0], height)
-    left, right, across = _aligned(low, low + side, frame.shape[1], width)
-    across = across[None, :, None]
-    upper, lower = image[top], image[bottom]
-    upper = upper[:, left] + (upper[:, right] - upper[:, left]) * across
-    lower = lower[:, left] + (lower[:, right] - lower[:, left]) * across
-    out = upper + (lower - upper) * down[:, None, None]
+    out = crop_box(image, (low, low, low + side, low + side), height, width)
     return np.clip(np.clip(out, 0.0, 1.0) * np.float32(255.5), 0, 255).astype(np.uint8)
+
+
+def crop_box(
+    image: np.ndarray, box: tuple[np.float32, np.float32, np.float32, np.float32], height: int, width: int
+) -> np.ndarray:
+    """float32 (h, w, 3) -> (height, width, 3): `box` (top, left, bottom, right; shares of the sides) resized bilinearly,
+    its corners on the corners, as `tf.image.crop_and_resize`."""
+    top, bottom, down = _aligned(box[0], box[2], image.shape[0], height)
+    left, right, across = _aligned(box[1], box[3], image.shape[1], width)
+    across = np.repeat(across, image.shape[2])
+    out = np.empty((height, width * image.shape[2]), np.float32)
+    for start in range(0, height, CROP_ROWS):
+        part = slice(start, start + CROP_ROWS)
+        low, high = top[part].min(), bottom[part].max() + 1
+        rows = image[low:high]
+        first = np.take(rows, left, axis=1).reshape(len(rows), -1)  # one long dimension, numpy's inner loop
+        columns = np.take(rows, right, axis=1).reshape(len(rows), -1)
+        columns -= first
+        columns *= across
+        columns += first
+        upper, lower = columns[top[part] - low], columns[bottom[part] - low]
+        lower -= upper
+        lower *= down[part, None]
+        np.add(upper, lower, out=out[part])
+    return out.reshape(height, width, image.shape[2])
 
 
 def _aligned(low: np.float32, high: np.float32, size: int, out_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

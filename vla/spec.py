@@ -14,10 +14,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vla.tokenizers.placement import Placement
+from vla.tokenizers.protocol import ActionTokenizer
+from vla.tokenizers.schemes import load_tokenizer, read_scheme
+from vla.tokenizers.uniform import UniformTokenizer
 from vla.types import problem
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)
+"""1 had `bins` and no `n_symbols` in `tokens`: uniform bins were the only scheme."""
 FILE = "policy.json"
+TOKENIZER_FOLDER = "action_tokenizer"
 
 
 @dataclass(frozen=True)
@@ -92,8 +98,10 @@ class PromptSpec:
 class TokenSpec:
     """Which action tokenizer, and where its symbols sit in the model's vocabulary."""
 
-    scheme: Literal["uniform"] = "uniform"
-    bins: int = 256
+    scheme: str = "uniform"
+    """One of `vla.tokenizers.schemes.SCHEMES`; action_tokenizer/ holds its settings and whatever it learned."""
+    n_symbols: int = 256
+    """`ActionTokenizer.vocab_size`."""
     placement: dict[str, Any] = dataclasses.field(default_factory=dict)
     """`vla.tokenizers.placement.Placement.save()`: kind, and the model vocabulary id of each symbol."""
     n_added: int = 0
@@ -145,14 +153,16 @@ class PolicySpec:
 def check(spec: PolicySpec) -> None:
     """Raise `VlaError` for a spec that contradicts itself."""
     action, tokens, prompt = spec.action, spec.tokens, spec.prompt
-    if spec.format_version != FORMAT_VERSION:
-        raise problem(f"policy format {spec.format_version}", f"{FORMAT_VERSION}", "use the toolkit that wrote it")
+    if spec.format_version not in READABLE:
+        raise problem(
+            f"policy format {spec.format_version}", f"{FORMAT_VERSION} or older", "use the toolkit that wrote it"
+        )
     if action.dim < 1 or action.horizon < 1:
         raise problem(f"{action.dim} dimensions x {action.horizon} steps", "at least 1 x 1", "correct `action`")
     _check_gripper(action)
-    n_symbols = Placement.load(tokens.placement).n_symbols
-    if n_symbols != tokens.bins:
-        raise problem(f"{n_symbols} token ids", f"{tokens.bins}, one per bin", "correct `tokens`")
+    n_ids = Placement.load(tokens.placement).n_symbols
+    if n_ids != tokens.n_symbols:
+        raise problem(f"{n_ids} token ids", f"{tokens.n_symbols}, one per symbol", "correct `tokens`")
     _check_image(spec.image)
     if "{instruction}" not in prompt.template:
         raise problem(f"template {prompt.template!r}", "a template with {instruction}", "correct `prompt.template`")
@@ -203,6 +213,10 @@ def to_json(spec: PolicySpec) -> dict[str, Any]:
 
 
 def from_json(value: dict[str, Any]) -> PolicySpec:
+    """Of any readable format; `format_version` stays as it was written."""
+    if isinstance(value, dict) and value.get("format_version") == 1 and isinstance(value.get("tokens"), dict):
+        tokens = {("n_symbols" if name == "bins" else name): item for name, item in value["tokens"].items()}
+        value = {**value, "tokens": tokens}
     return _build(PolicySpec, value, "policy")
 
 
@@ -218,6 +232,18 @@ def read_spec(folder: Path) -> PolicySpec:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise problem(f"{path}: {error}", "JSON", "restore the file from a copy of the policy") from error
     return from_json(value)
+
+
+def read_tokenizer(folder: Path, spec: PolicySpec) -> ActionTokenizer:
+    """The action tokenizer of a policy directory. VlaError if it is missing, damaged, or not the one `spec` names."""
+    if spec.format_version == 1:
+        return UniformTokenizer(spec.tokens.n_symbols)
+    tokenizer, scheme = load_tokenizer(folder / TOKENIZER_FOLDER), read_scheme(folder / TOKENIZER_FOLDER)["scheme"]
+    if (scheme, tokenizer.vocab_size) != (spec.tokens.scheme, spec.tokens.n_symbols):
+        raise problem(f"{scheme} with {tokenizer.vocab_size} symbols in {folder / TOKENIZER_FOLDER}",
+                      f"{spec.tokens.scheme} with {spec.tokens.n_symbols}, as {FILE} says",
+                      "restore the folder from a copy of the policy")  # fmt: skip
+    return tokenizer
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:

@@ -1,0 +1,93 @@
+"""Action tokenizers from data: the chunks that training sees, and a tokenizer fitted to them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from vla.files import swap_folder
+from vla.finetune.source import EpisodeSpan
+from vla.normalize import Statistics, action_normalizer
+from vla.tokenizers.protocol import ActionTokenizer
+from vla.tokenizers.schemes import SCHEMES, load_tokenizer, scheme_class
+from vla.types import problem
+
+MAX_CHUNKS = 20_000
+WITH_BINS = ("uniform", "quantile")
+
+
+class ActionSource(Protocol):
+    """What is needed of a `vla.finetune.source.FrameSource`."""
+
+    @property
+    def action_dim(self) -> int: ...
+    @property
+    def episodes(self) -> Sequence[EpisodeSpan]: ...
+    def actions(self) -> np.ndarray: ...
+
+
+def normalized_chunks(
+    sources: Sequence[tuple[str, ActionSource]],
+    statistics: Statistics,
+    horizon: int,
+    held_out: Sequence[Collection[int]] = (),
+    limit: int = MAX_CHUNKS,
+) -> np.ndarray:
+    """float32 (N, H, D) chunks as training encodes them: normalised, the last action repeated at the end of an episode.
+
+    Args:
+        sources: (dataset name, reader); the name is the one its statistics go by.
+        held_out: of each source, the episodes to leave out.
+        limit: N at most; the frames are then spread evenly over all.
+    """
+    parts: list[tuple[int, int, int]] = []  # (source, frame, end of its episode)
+    for s, (_, source) in enumerate(sources):
+        rows = [row for row in source.episodes if not held_out or row.index not in held_out[s]]
+        parts += [(s, k, row.stop) for row in rows for k in range(row.start, row.stop)]
+    if not parts:
+        raise problem("no frames", "at least one episode to learn from", "hold out fewer episodes")
+    chosen = np.array(parts)[np.unique(np.linspace(0, len(parts) - 1, min(limit, len(parts))).round().astype(int))]
+    chunks = []
+    for s, (name, source) in enumerate(sources):
+        mine = chosen[chosen[:, 0] == s]
+        wanted = np.minimum(mine[:, 1:2] + np.arange(horizon), mine[:, 2:] - 1)  # (n, H)
+        chunks.append(action_normalizer(statistics, name, source.action_dim).normalize(source.actions()[wanted]))
+    return np.concatenate(chunks)
+
+
+def action_tokenizer(name: str, bins: int, chunks: Callable[[], np.ndarray]) -> ActionTokenizer:
+    """The tokenizer of a folder that `vla tokenizer fit` wrote, or one of a scheme, fitted.
+
+    Args:
+        name: a scheme or a folder.
+        bins: of the schemes `WITH_BINS`.
+        chunks: called for the normalised chunks (N, H, D) to fit to.
+    """
+    if name in SCHEMES:
+        return new_tokenizer(name, bins).fit(chunks())
+    folder = Path(name)
+    if not folder.is_dir() and folder.name != name:
+        raise problem(f"no folder {folder}", "the folder of an action tokenizer", "make one with `vla tokenizer fit`")
+    return load_tokenizer(folder) if folder.is_dir() else scheme_class(name)
+
+
+def save_tokenizer(tokenizer: ActionTokenizer, folder: Path) -> None:
+    """Write the folder, whole or not at all; an existing one is replaced."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    tokenizer.save(temporary)
+    swap_folder(temporary, folder)
+
+
+def new_tokenizer(scheme: str, bins: int = 256) -> ActionTokenizer:
+    """A tokenizer of the scheme with its usual settings, not fitted yet."""
+    make = scheme_class(scheme)
+    if scheme == "fast":  # rare coefficients that the chunks do not have go to the nearest that they have
+        return make(clip=True)
+    return make(bins) if scheme in WITH_BINS else make()
