@@ -280,12 +280,14 @@ def four_formats(folder, tmp_path, monkeypatch) -> list[str]:
     return [lerobot, hdf5, str(FIXTURES / "rlds" / "tiny_arm"), str(tmp_path / "cached")]
 
 
-CAMERA = "primary=image|agentview|front"
+CAMERA = "primary=image|agentview|front|top"
 
 
 def test_every_format_trains_with_no_conversion(folder, four_formats, tmp_path):
     common = {"cameras": (CAMERA,), "state": False, "steps": 1, "holdout_episodes": 0, "gripper_dim": -1}
-    for k, address in enumerate(four_formats):
+    for k, address in enumerate(
+        [*four_formats, str(FIXTURES / "lerobot_v21_image"), str(FIXTURES / "lerobot_v21_video")]
+    ):
         sft.run(sft_settings(folder, data=(address,), out=tmp_path / f"alone-{k}", **common))
     mixed = {**common, "steps": 3, "weights": (1.0, 2.0, 1.0, 0.5), "augment": True, "crop_area": 0.9}
     policy = load_policy(sft.run(sft_settings(folder, data=tuple(four_formats), out=tmp_path / "mixed", **mixed)),
