@@ -1,6 +1,7 @@
 """Published files in, published files out; every tensor accounted for; adapters of the authors' script."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from vla import cli, merge
 from vla.backbone import load_backbone
 from vla.import_policy import V01_TEMPLATE, Settings, run
 from vla.openvla.checkpoint import model_shapes, read_config, weight_shapes
+from vla.openvla.config import OpenVlaConfig
 from vla.policy import load_policy
 from vla.types import Observation, VlaError
 
@@ -63,6 +65,12 @@ def test_names_and_shapes_are_the_published_ones(source):
     assert "vision_backbone.featurizer.blocks.0.ls1.scale_factor" in weight_shapes(source)
 
 
+def test_the_full_model_has_the_published_size():
+    shapes = model_shapes(OpenVlaConfig(text_config={"vocab_size": 32064, "pad_token_id": 32000}))
+    assert sum(map(math.prod, shapes.values())) == 7_541_237_184  # openvla-7b: 15,082,474,368 bytes in bfloat16
+    assert shapes["projector.fc1.weight"] == (8704, 2176)
+
+
 def test_what_is_saved_is_what_was_read(source, tmp_path):
     backbone = load_backbone(str(source))
     backbone.model.save_pretrained(tmp_path, max_shard_size="5MB")
@@ -88,7 +96,8 @@ def test_what_is_saved_is_what_was_read(source, tmp_path):
 
 @pytest.mark.parametrize("change, text", [
     (lambda t: {k: v for k, v in t.items() if "fc3" not in k}, r"missing projector\.fc3"),
-    (lambda t: {**t, "projector.fc9.weight": torch.zeros(2)}, r"unexpected projector\.fc9\.weight"),
+    (lambda t: {**t, "projector.fc9.weight": torch.zeros(2)} if "projector.fc3.weight" in t else t,
+     r"unexpected projector\.fc9\.weight"),
     (lambda t: {k: v[:-1] if k.endswith("embed_tokens.weight") else v for k, v in t.items()},
      r"misshaped language_model\.model\.embed_tokens\.weight \[32063, 64\] for \[32064, 64\]"),
     (lambda t: {k.replace("scale_factor", "gamma"): v for k, v in t.items()}, r"look like .*gamma' for .*scale_factor'"),
@@ -125,7 +134,7 @@ def test_damaged_files_are_named(copy):
     ("config.json", {"llm_backbone_id": "phi-2-3b"}, "llama2-7b-pure"),
     ("config.json", {"image_sizes": [224]}, "2 of each"),
     ("preprocessor_config.json", {"image_resize_strategy": "none"}, "resize-naive, resize-crop, letterbox"),
-    ("preprocessor_config.json", {"input_sizes": [[3, 224, 224]], "tvf_crop_params": []}, "different lengths"),
+    ("preprocessor_config.json", {"input_sizes": [[3, 224, 224]], "tvf_crop_params": []}, "1 input_sizes, 2 interpolations"),
     ("tokenizer_config.json", {"pad_token": None}, "without pad_token"),
 ])  # fmt: skip
 def test_wrong_files_are_named(copy, file, change, text):
@@ -148,6 +157,9 @@ def test_import_refuses_what_it_cannot_know(copy, tmp_path):
         run(Settings(str(copy), out, unnorm_key="plain"))
     (copy / "config.json").write_text(json.dumps({**config, "norm_stats": None}))
     with pytest.raises(VlaError, match="no statistics in .*dataset_statistics.json"):
+        run(Settings(str(copy), out))
+    (copy / "action_head--150000_checkpoint.pt").touch()
+    with pytest.raises(VlaError, match="action_head--150000_checkpoint.pt, an OpenVLA-OFT checkpoint"):
         run(Settings(str(copy), out))
     assert not out.exists()
 

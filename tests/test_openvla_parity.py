@@ -11,6 +11,9 @@ two `unnorm_key`s (SDPA, as its mask is one short). Their own eager and SDPA log
 
 tests/fixtures/openvla/lora is the adapter that peft 0.11.1 saved of the same model with the settings of their
 `vla-scripts/finetune.py` (all-linear, gaussian; rank 4), every LoRA weight 0.3 * `fill`; `lora_last` are its logits.
+
+Run once by hand, both with difference 0: what `vla import --copy` writes, opened by the authors' loader (logits, actions);
+the ids of 303 prompts by the full Llama-2 vocabulary, ours, theirs, and theirs from the tokenizer that we saved.
 """
 
 import hashlib
