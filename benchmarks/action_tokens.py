@@ -31,11 +31,11 @@ from vla.tokenizers.uniform import UniformTokenizer
 @dataclass(frozen=True)
 class Settings:
     tokenizer: Path | None = None
-    # Folder of a Llama-2 tokenizer; without it a stand-in of the same size is used.
+    """Folder of a Llama-2 tokenizer; without it a stand-in of the same size is used."""
     batch: int = 1024
-    # Actions per call.
+    """Actions per call."""
     repeats: int = 30
-    # Interleaved A/B repeats; the median is reported.
+    """Interleaved A/B repeats; the median is reported."""
 
 
 def cpu_us(function: Callable[[], object], loops: int) -> float:

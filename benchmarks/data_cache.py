@@ -33,19 +33,19 @@ from vla.types import Episode, Observation, Step, problem
 @dataclass(frozen=True)
 class Settings:
     episodes: int = 8
-    # Episodes of the data that are made up.
+    """Episodes of the data that are made up."""
     frames: int = 60
-    # Frames of each.
+    """Frames of each."""
     size_px: int = 256
-    # Side of the two cameras' frames.
+    """Side of the two cameras' frames."""
     images: Literal["image", "video"] = "image"
-    # How the LeRobot dataset stores them.
+    """How the LeRobot dataset stores them."""
     samples: int = 64
-    # Random frames per repeat of the slow readers; the cache reads 20 times as many.
+    """Random frames per repeat of the slow readers; the cache reads 20 times as many."""
     repeats: int = 5
-    # Interleaved repeats; the median is reported.
+    """Interleaved repeats; the median is reported."""
     peer: bool = False
-    # Time lerobot as well.
+    """Time lerobot as well."""
 
 
 def made_up(k: int, settings: Settings) -> Episode:

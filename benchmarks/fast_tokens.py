@@ -31,11 +31,11 @@ SHAPES = ((8, 7), (10, 7), (16, 7), (50, 14))
 @dataclass(frozen=True)
 class Settings:
     processor: Path | None = None
-    # Folder of the published FAST processor; without it a BPE of the same form is fitted to synthetic chunks.
+    """Folder of the published FAST processor; without it a BPE of the same form is fitted to synthetic chunks."""
     batch: int = 256
-    # Chunks per call.
+    """Chunks per call."""
     repeats: int = 8
-    # Interleaved A/B repeats; the median is reported.
+    """Interleaved A/B repeats; the median is reported."""
 
 
 def smooth_chunks(n: int, horizon: int, dim: int, seed: int) -> np.ndarray:

@@ -30,13 +30,13 @@ from vla.types import problem
 @dataclass(frozen=True)
 class Settings:
     data: Path | None = None
-    # An RLDS dataset with one action vector; without it, one is written: 2 cameras of 224 px, JPEG 95.
+    """An RLDS dataset with one action vector; without it, one is written: 2 cameras of 224 px, JPEG 95."""
     episodes: int = 12
-    # Episodes of the dataset that is written.
+    """Episodes of the dataset that is written."""
     steps: int = 40
-    # Steps of each.
+    """Steps of each."""
     repeats: int = 3
-    # Interleaved A/B repeats; the median is reported.
+    """Interleaved A/B repeats; the median is reported."""
 
 
 def peer() -> tuple[Any, Any]:

@@ -24,15 +24,15 @@ from vla.types import Episode, Observation, Step
 @dataclass(frozen=True)
 class Settings:
     data: tuple[str, ...] = ()
-    # Datasets; none: 2 made-up streams.
+    """Datasets; none: 2 made-up streams."""
     samples: int = 100_000
-    # How many are drawn.
+    """How many are drawn."""
     every: int = 10_000
-    # Memory is printed every so many samples.
+    """Memory is printed every so many samples."""
     buffer_size: int = 2000
-    # Frames in the shuffle buffer.
+    """Frames in the shuffle buffer."""
     image_px: int = 32
-    # Side of the made-up frames.
+    """Side of the made-up frames."""
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from vla.eval.shards import deal, parse_shard
 from vla.eval.suites import get_suite, with_options
 from vla.eval.terminal import print_table
 from vla.files import append_jsonl, write_json
+from vla.hub_policy import names_repository, policy_folder
 from vla.libero_protocol import disagreements, get_protocol, protocol_settings
 from vla.progress import Progress
 from vla.rollout import run_episodes
@@ -47,7 +48,7 @@ class Settings:
     """Evaluate a policy on a simulator suite."""
 
     policy: str
-    """Policy directory, http(s) URL of an endpoint, or `expert` for the suite's scripted experts."""
+    """Policy directory, OWNER/NAME of one on the Hub, http(s) URL of an endpoint, or `expert` for the suite's scripted experts."""
     suite: str = "metaworld"
     """Simulator suite."""
     tasks: tuple[str, ...] = ()
@@ -62,6 +63,9 @@ class Settings:
     """i/n: run only the i-th of n equal parts, e.g. one per machine, each in a folder of its own. Then `vla eval merge`."""
     n_execute: int | None = None
     """Actions of each chunk to execute before asking again; default: the protocol's, or the whole chunk."""
+    temporal_ensemble: float | None = None
+    """Ask at every step and execute the mean of all chunks that cover it, weighted by exp(-m i) from the oldest on, as ACT
+    does with m = 0.01; replaces n_execute."""
     temperature: float = 0.0
     """0 acts greedily; above, actions are drawn, reproducibly."""
     quantization: str = "none"
@@ -110,6 +114,7 @@ IDENTITY = (
     "seed",
     "shard",
     "n_execute",
+    "temporal_ensemble",
     "temperature",
     "quantization",
     "unnorm_key",
@@ -165,7 +170,9 @@ def resolved(settings: Settings) -> Settings:
     """With the protocol's values, or the defaults, for what the user left open."""
     chosen = protocol_settings(settings.protocol, settings.suite) if settings.protocol else {}
     n_execute = settings.n_execute
-    if n_execute is None and settings.policy != EXPERT:  # an expert has no chunks
+    if settings.temporal_ensemble is not None:
+        n_execute = 1 if n_execute is None else n_execute
+    elif n_execute is None and settings.policy != EXPERT:  # an expert has no chunks
         n_execute = chosen.get("n_execute")
     n = settings.episodes_per_task
     n = chosen.get("episodes_per_task", DEFAULT_EPISODES) if n is None else n
@@ -218,10 +225,9 @@ def _load(settings: Settings, suite: Suite) -> Policy:
         return SuiteExpert(suite)
     if settings.policy.startswith(("http://", "https://")):
         raise problem(f"the URL {settings.policy} without a client", "run(settings, policy=client)", "pass the client")
-    if not Path(settings.policy).is_dir():
-        raise problem(
-            f"policy {settings.policy!r}", "a policy directory, an http(s) URL or `expert`", "correct --policy"
-        )
+    if not Path(settings.policy).is_dir() and not names_repository(settings.policy):
+        raise problem(f"policy {settings.policy!r}", "a policy directory, OWNER/NAME on the Hub, an http(s) URL or `expert`",
+                      "correct --policy")  # fmt: skip
     from vla.policy import load_policy
 
     return load_policy(
@@ -235,8 +241,8 @@ def _identity(settings: Settings, suite: Suite, metadata: dict[str, Any]) -> dic
     chosen = {name: value for name, value in asdict(settings).items() if name in IDENTITY}
     chosen["tasks"] = [task.name for task in suite.tasks]
     chosen["simulator"] = suite.versions()
-    is_folder = Path(settings.policy).is_dir()
-    chosen["policy_content"] = folder_digest(Path(settings.policy)) if is_folder else metadata.get("name")
+    is_folder = Path(settings.policy).is_dir() or names_repository(settings.policy)
+    chosen["policy_content"] = folder_digest(policy_folder(settings.policy)) if is_folder else metadata.get("name")
     return json.loads(json.dumps(chosen))
 
 
@@ -269,7 +275,7 @@ def _run_missing(
     slots = suite.default_slots if settings.slots is None else settings.slots
     results = run_episodes(
         policy, suite, requests(), n_workers=min(settings.workers, len(missing)), slots_per_worker=slots,
-        n_execute=settings.n_execute, keep_queries=True, render_every=settings.video_every_steps,
+        n_execute=settings.n_execute, temporal_ensemble=settings.temporal_ensemble, keep_queries=True, render_every=settings.video_every_steps,
         keep_frames=lambda request: request.tags["index"] < settings.videos_per_task,
         max_fault_fraction=settings.max_fault_fraction,
         deadlines=Deadlines(reset_timeout_s=settings.reset_timeout_s, step_timeout_s=settings.step_timeout_s),

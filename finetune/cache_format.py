@@ -34,6 +34,9 @@ FORMAT, VERSION = "vla-cache", 1
 CACHE_JSON, WRITING_JSON, EPISODES_JSONL = "cache.json", "writing.json", "episodes.jsonl"
 HEADER_BYTES = 128
 """Of every .npy here: long enough for any shape, so that the number of rows can be filled in at the end."""
+INFO_KEYS = ("action_names", "cameras", "files", "fps", "has_rewards", "instructions", "jpeg_decoder", "n_episodes",
+             "n_frames", "name", "settings", "state_names")  # fmt: skip
+"""Of cache.json, beside format and version."""
 JPEG_SHRINKS = 8
 """How much smaller than raw a JPEG is taken to be when frames are dealt out to shards."""
 
@@ -129,7 +132,9 @@ def decode_jpeg(data: bytes, where: str, shape: tuple[int, ...], decoder: Decode
     try:
         image = DECODERS[decoder](data)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise problem(f"{where}: {error}", "a JPEG image", "the frame is damaged: write the cache again") from error
+        raise problem(
+            f"{where}: {vla.jpeg.fault(error)}", "a JPEG image", "the frame is damaged: write the cache again"
+        ) from error
     if image.shape != tuple(shape):
         raise problem(f"{where}: {image.shape}", f"{tuple(shape)}", "the frame is damaged: write the cache again")
     return image
@@ -187,8 +192,22 @@ def file_entry(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def read_cache_json(root: Path) -> dict[str, Any]:
-    """`cache.json`, with every file it lists of the length it says.
+def wrong_files(root: Path, info: dict[str, Any]) -> dict[Path, VlaError]:
+    """The files that `cache.json` lists and that are not of the length it says, and what to tell the user of each."""
+    found = {}
+    for name, entry in info["files"].items():
+        file = root / name
+        got = file.stat().st_size if file.is_file() else None
+        if got != entry["bytes"]:
+            found[file] = problem(
+                f"{file} {'missing' if got is None else f'of {got} bytes'}", f"{entry['bytes']} bytes",
+                "it was cut short or not copied: copy it again, or write the cache again",
+            )  # fmt: skip
+    return found
+
+
+def read_cache_json(root: Path, check_files: bool = True) -> dict[str, Any]:
+    """`cache.json`; unless `check_files` is False, every file it lists is of the length it says.
 
     Raises:
         VlaError: no cache, an unfinished one, another version, or a file that is missing or cut short (it is named).
@@ -206,10 +225,10 @@ def read_cache_json(root: Path) -> dict[str, Any]:
     found = (info.get("format"), info.get("version")) if isinstance(info, dict) else None
     if found != (FORMAT, VERSION):
         raise problem(f"{path}: format and version {found}", f"{(FORMAT, VERSION)}", "write the cache again")
-    for name, entry in info["files"].items():
-        file = root / name
-        got = file.stat().st_size if file.is_file() else None
-        if got != entry["bytes"]:
-            raise problem(f"{file} {'missing' if got is None else f'of {got} bytes'}", f"{entry['bytes']} bytes",
-                          "it was cut short or not copied: copy it again, or write the cache again")  # fmt: skip
+    missing = [key for key in INFO_KEYS if key not in info]
+    if missing or not isinstance(info["files"], dict):
+        raise problem(f"{path} without {', '.join(missing) or 'a table of files'}", f"{', '.join(INFO_KEYS)}",
+                      "write the cache again")  # fmt: skip
+    for fault in wrong_files(root, info).values() if check_files else ():
+        raise fault
     return info

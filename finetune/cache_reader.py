@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tokenize
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,24 @@ from vla.finetune.cache_format import (
     file_entry,
     read_cache_json,
     shard_files,
+    wrong_files,
 )
-from vla.finetune.source import FrameSource, Span
+from vla.finetune.source import BadEpisode, EpisodeSpan, FrameSource, Span
 from vla.types import VlaError, problem
 
 
 class CacheReader(FrameSource):
     """A folder that `vla data convert --to cache` has finished. Opening it compares every file's length, not its content:
-    see `damaged_files`."""
+    see `damaged_files`.
 
-    def __init__(self, root: Path | str, name: str | None = None) -> None:
+    Args:
+        skip_bad: leave out, and list in `bad`, the episodes whose image files are missing or of another length.
+    """
+
+    def __init__(self, root: Path | str, name: str | None = None, skip_bad: bool = False) -> None:
         self.root = Path(root)
-        self.info = read_cache_json(self.root)
+        self.info = read_cache_json(self.root, check_files=not skip_bad)
+        self._arguments = (self.root, name, skip_bad)
         self.name = name or self.info["name"]
         self.where = str(self.root)
         self.fps = float(self.info["fps"])
@@ -43,9 +50,14 @@ class CacheReader(FrameSource):
         self._folders = {camera: camera_folder(self.root, k, camera) for k, camera in enumerate(self.cameras)}
         self._columns: dict[str, np.ndarray] = {}
         self._shards: dict[tuple[str, int], tuple[np.ndarray, ...]] = {}
+        self._kept: np.ndarray | None = None
+        """int64 (N,): where each frame lies, if episodes are left out."""
+        self._numbers: Sequence[int] = range(self.n_episodes)
+        if skip_bad:
+            self._leave_out_bad()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CacheReader, (self.root, self.name)
+        return CacheReader, self._arguments
 
     def actions(self) -> np.ndarray:
         return self._column("action")
@@ -91,6 +103,9 @@ class CacheReader(FrameSource):
     def task_of(self, episode: int) -> str | None:
         return self.rows[episode]["task"]
 
+    def place_of(self, episode: int) -> tuple[str, int]:
+        return self.where, self._numbers[episode]
+
     def damaged_files(self) -> list[Path]:
         """Files whose content is not what was written: every byte is read and compared with the checksums."""
         return [self.root / name for name, entry in self.info["files"].items() if file_entry(self.root / name) != entry]
@@ -104,17 +119,57 @@ class CacheReader(FrameSource):
 
     def _jpeg(self, i: int, camera: str) -> bytes:
         (data, offsets), row = self._shard(camera, i)
+        if offsets.ndim != 1 or row + 1 >= len(offsets) or not 0 <= offsets[row] <= offsets[row + 1] <= len(data):
+            raise problem(f"{self._folders[camera]}, frame {i}: places that are not in its shard", "those of a JPEG image",
+                          "copy the cache again, or write it again")  # fmt: skip
         return data[offsets[row] : offsets[row + 1]].tobytes()
 
     def _column(self, name: str) -> np.ndarray:
         if name not in self._columns:
-            self._columns[name] = _mapped(self.root / "columns" / f"{name}.npy")
+            values = _mapped(self.root / "columns" / f"{name}.npy")
+            self._columns[name] = values if self._kept is None else values[self._kept]
         return self._columns[name]
+
+    def _leave_out_bad(self) -> None:
+        """Forget the episodes with frames in a damaged image file; VlaError if another file is damaged, or none is left."""
+        faults = wrong_files(self.root, self.info)
+        for path, fault in faults.items():
+            if path.parent.parent != self.root / "images":  # the numbers of all episodes are in it
+                raise fault
+        kept, frames = [], []
+        for k, span in enumerate(self.episodes):
+            found = [faults[path] for path in self._image_files(span) if path in faults]
+            if found:
+                self.bad += (BadEpisode(str(self.root), k, str(found[0])),)
+            else:
+                kept.append(k)
+                frames.append(np.arange(span.start, span.stop))
+        if not self.bad:
+            return
+        if not kept:
+            raise problem(f"{self.root} without one usable episode (first: {self.bad[0].why})", "at least one",
+                          "copy the cache again, or write it again")  # fmt: skip
+        stops = np.cumsum([len(rows) for rows in frames]).tolist()
+        self._kept, self._numbers, self.rows = np.concatenate(frames), kept, [self.rows[k] for k in kept]
+        self.episodes = [
+            Span(k, stop - len(rows), stop) for k, (rows, stop) in enumerate(zip(frames, stops, strict=True))
+        ]
+
+    def _image_files(self, span: EpisodeSpan) -> list[Path]:
+        """The shards that hold frames of an episode of the whole cache."""
+        found = []
+        for camera in self.cameras:
+            per_shard = self.info["cameras"][camera]["frames_per_shard"]
+            for number in range(span.start // per_shard, (max(span.stop, span.start + 1) - 1) // per_shard + 1):
+                found += shard_files(self._folders[camera], number, self.kind)
+        return found
 
     def _shard(self, camera: str, i: int) -> tuple[tuple[np.ndarray, ...], int]:
         """The arrays of the shard that holds frame `i`, and the frame's row in it."""
         self.check_camera(camera)
-        number, row = divmod(i, self.info["cameras"][camera]["frames_per_shard"])
+        number, row = divmod(
+            i if self._kept is None else int(self._kept[i]), self.info["cameras"][camera]["frames_per_shard"]
+        )
         found = self._shards.get((camera, number))
         if found is None:
             files = shard_files(self._folders[camera], number, self.kind)
@@ -130,5 +185,5 @@ def _mapped(path: Path) -> np.ndarray:
     """A .npy, memory-mapped, as a plain array (slices of `np.memmap` itself are several times slower)."""
     try:
         return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:  # NumPy's, of a damaged header
         raise VlaError(f"got {path}: {error}; expected a whole .npy file; fix: copy it again, or write the cache again") from error  # fmt: skip

@@ -34,6 +34,7 @@ from vla.finetune.cache_format import (
     source_hash,
 )
 from vla.finetune.source import FrameSource
+from vla.finetune.unfinished import is_new, read_object
 from vla.types import VlaError, problem
 
 
@@ -123,12 +124,12 @@ class CacheWriter:
     def _claim(self) -> None:
         path = self.root / WRITING_JSON
         if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_object(path, "remove the folder and convert anew")
             for name, value in self._head.items():
                 if found.get(name) != value:
                     raise problem(f"{name} {value}", f"{found.get(name)}, as the cache in {self.root} was begun",
                                   "use the same source and settings, or another folder")  # fmt: skip
-        elif self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
+        elif not is_new(self.root):
             raise problem(f"{self.root} is not empty", "a new folder, or a cache to continue", "choose another folder")
         else:
             write_json(path, self._head)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from vla.finetune.camera_map import camera_map, policy_name
-from vla.finetune.source import FrameSource
-from vla.types import problem
+from vla.finetune.source import FrameSource, Unreachable
+from vla.types import VlaError, problem
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,13 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def holdout_split(n_episodes: int, n_holdout: int, seed: int = 0) -> frozenset[int]:
+def holdout_split(n_episodes: int, n_holdout: int, seed: int = 0, of: str = "") -> frozenset[int]:
     """The episodes that are kept from training: `n_holdout` of `n_episodes`, the same for every run with this seed."""
     if not 0 <= n_holdout < n_episodes:
         raise problem(
-            f"{n_holdout} held-out episodes of {n_episodes}", f"0..{n_episodes - 1}", "hold out fewer episodes"
+            f"{n_holdout} held-out episodes of {n_episodes}{of}",
+            f"0..{n_episodes - 1}",
+            "hold out fewer: --holdout-episodes",
         )
     chosen = np.random.default_rng([seed, n_episodes]).permutation(n_episodes)[:n_holdout]
     return frozenset(int(i) for i in chosen)
@@ -67,6 +69,8 @@ class ChunkDataset:
         holdout_episodes: of each source, as chosen by `holdout_split`. Samples 0 <= i < len(self) are for training, the
             held-out ones follow: `holdout_indices`.
         skip_unlabelled: leave out episodes that begin without an instruction, as OpenVLA does; `n_unlabelled` counts them.
+        skip_bad: a sample whose images cannot be decoded is replaced by the one after it, that of the next frame (after the
+            last training sample, or the last held-out one, the first of them); `bad_frames` lists what was met.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class ChunkDataset:
         seed: int = 0,
         balance: bool = False,
         skip_unlabelled: bool = False,
+        skip_bad: bool = False,
     ) -> None:
         if not sources or horizon < 1:
             raise problem(f"{len(sources)} sources, horizon {horizon}", "at least one of each", "name a dataset")
@@ -87,6 +92,8 @@ class ChunkDataset:
         wanted = sources[0][1].cameras if cameras is None else cameras
         self.cameras = tuple(policy_name(text) for text in wanted)
         self._keys = [camera_map(wanted, name, source) for name, source in self.sources]
+        self.skip_bad, self.bad_frames = skip_bad, dict[tuple[int, int], str]()
+        """(Source, frame) -> why its images cannot be decoded."""
         self._check_actions()
         self._place_episodes(holdout_episodes, skip_unlabelled)
         self._first = np.concatenate([[0], np.cumsum(self._sizes)])
@@ -121,14 +128,10 @@ class ChunkDataset:
         return source, start + index - int(self._begins[k]), stop
 
     def __getitem__(self, index: int) -> Sample:
-        s, frame, stop = self.locate(int(index))
+        s, frame, stop, images = self._decodable(int(index))
         name, source = self.sources[s]
         wanted = np.arange(frame, frame + self.horizon)
         states = source.states()
-        if self._cache is None:
-            images = self._decode(s, frame)
-        else:
-            images = {camera: pixels[frame] for camera, pixels in self._cache[s].items()}
         return Sample(
             images=images,
             state=None if states is None else states[frame],
@@ -191,7 +194,7 @@ class ChunkDataset:
             self.n_unlabelled += source.n_episodes - len(spans)
             rows = np.array([(s, e.start, e.stop, e.index) for e in spans], np.int64).reshape(-1, 4)
             tables.append(rows[:, :3])
-            kept = sorted(holdout_split(source.n_episodes, holdout_episodes, self.seed))
+            kept = sorted(holdout_split(source.n_episodes, holdout_episodes, self.seed, f" in {source.name!r}"))
             held.append(np.isin(rows[:, 3], np.array(kept, np.int64)))
         train = [rows[~mask] for rows, mask in zip(tables, held, strict=True)]
         rest = [rows[mask] for rows, mask in zip(tables, held, strict=True)]
@@ -234,6 +237,29 @@ class ChunkDataset:
         skip = begin - passes.start * size
         return self._first[source] + shuffled[skip : skip + n]
 
+    def _decodable(self, index: int) -> tuple[int, int, int, dict[str, np.ndarray]]:
+        """`locate` and the images of a sample; with `skip_bad`, of the first from there on that can be decoded."""
+        begin, end = (0, len(self)) if index < len(self) else (len(self), self._n_samples)
+        for k in range(max(1, end - begin)):
+            s, frame, stop = self.locate(index if k == 0 else begin + (index - begin + k) % (end - begin))
+            if (s, frame) in self.bad_frames:
+                continue
+            try:
+                return s, frame, stop, self._images(s, frame)
+            except Unreachable:
+                raise
+            except VlaError as error:
+                if not self.skip_bad:
+                    raise
+                self.bad_frames[s, frame] = str(error)
+        raise problem(f"{len(self.bad_frames)} frames that cannot be decoded", "at least one that can",
+                      "copy the dataset again")  # fmt: skip
+
+    def _images(self, source: int, frame: int) -> dict[str, np.ndarray]:
+        if self._cache is None:
+            return self._decode(source, frame)
+        return {camera: pixels[frame] for camera, pixels in self._cache[source].items()}
+
     def _decode(self, source: int, frame: int) -> dict[str, np.ndarray]:
         keys = self._keys[source]
         found = self.sources[source][1].images(frame, tuple(dict.fromkeys(keys.values())))
@@ -251,9 +277,26 @@ class ChunkDataset:
         cache = [{camera: np.empty(shape, np.uint8) for camera, shape in by_camera.items()} for by_camera in shapes]
         for s, (_, source) in enumerate(self.sources):
             for frame in range(len(source)):
-                for camera, image in self._decode(s, frame).items():
+                try:
+                    found = self._decode(s, frame)
+                    _check_shapes(found, cache[s], f"frame {frame} of {source.where}")
+                except Unreachable:
+                    raise
+                except VlaError as error:
+                    if not self.skip_bad:
+                        raise
+                    self.bad_frames[s, frame] = str(error)
+                    continue
+                for camera, image in found.items():
                     cache[s][camera][frame] = image
         return cache
+
+
+def _check_shapes(images: dict[str, np.ndarray], cache: dict[str, np.ndarray], where: str) -> None:
+    for camera, image in images.items():
+        if image.shape != cache[camera].shape[1:]:
+            raise problem(f"{where}: camera {camera!r} of shape {image.shape}", f"{cache[camera].shape[1:]}",
+                          "leave the episode out, or pass --no-cache-images")  # fmt: skip
 
 
 def _available_bytes() -> int:

@@ -19,6 +19,7 @@ from vla.finetune.gripper_lint import check_gripper
 from vla.finetune.lerobot_format import INFO_PATH
 from vla.finetune.open_source import open_source
 from vla.finetune.source import FrameSource
+from vla.finetune.unfinished import check_finished
 from vla.types import VlaError
 
 SHOWN_EPISODES = 12
@@ -73,6 +74,10 @@ def run(settings: Settings) -> list[Finding]:
 
 def check(settings: Settings) -> tuple[list[Finding], Quality | None]:
     """Every finding. The content is looked at only if the files can be read."""
+    try:
+        check_finished(Path(settings.data))
+    except VlaError as error:
+        return [Finding("error", str(error))], None
     if (Path(settings.data) / INFO_PATH).is_file():  # LeRobot: every file of it, not only what a reader needs
         findings, source = check_dataset(Path(settings.data), settings.all_frames), None
     else:

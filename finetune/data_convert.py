@@ -25,10 +25,12 @@ from vla.finetune.cache_reader import CacheReader
 from vla.finetune.cache_verify import verify_cache
 from vla.finetune.cache_writer import CacheWriter, check_numbers
 from vla.finetune.lerobot_format import encode_png
+from vla.finetune.lerobot_verify import verify_lerobot
 from vla.finetune.lerobot_writer import LeRobotWriter
 from vla.finetune.open_source import open_source
 from vla.finetune.source import FrameSource
 from vla.finetune.subset_source import SubsetSource, parse_range
+from vla.finetune.unfinished import begin, command_of, end, is_new, locked, read_object
 from vla.inputs import prepare_image
 from vla.progress import Progress
 from vla.spec import ImageSpec
@@ -68,7 +70,7 @@ class Settings:
     skip_bad: bool = False
     """Leave out episodes that cannot be read; they are counted and listed in OUT.bad.jsonl."""
     verify: bool = False
-    """Read everything again when done, or of a finished cache, and compare it with the source."""
+    """Read everything again when done, or of a finished dataset, and compare it with the source."""
     dry_run: bool = False
     """Print counts and the estimated size, and stop."""
 
@@ -109,8 +111,11 @@ def run(settings: Settings) -> Converted:
     return convert(SubsetSource(source, chosen, settings.cameras or None), settings)
 
 
-def convert(source: SubsetSource, settings: Settings) -> Converted:
-    """Write all of `source`; the settings' episodes and cameras have been chosen already."""
+def convert(source: SubsetSource, settings: Settings, command: str | None = None) -> Converted:
+    """Write all of `source`; the settings' episodes and cameras have been chosen already.
+
+    `command` is what continues it when it is killed; None: `vla data convert` with these settings.
+    """
     if settings.dry_run:
         size = estimate_bytes(source, settings)
         print(
@@ -118,7 +123,14 @@ def convert(source: SubsetSource, settings: Settings) -> Converted:
             f"{settings.to} in {settings.out}, about {_human(size)}; free there: {_human(_free_bytes(settings.out))}"
         )
         return Converted(settings.out, 0, 0, 0, 0)
-    done = _to_cache(source, settings) if settings.to == "cache" else _to_lerobot(source, settings)
+    if settings.to == "cache" and (settings.out / CACHE_JSON).is_file():
+        done = _finished(source, settings)
+    else:
+        with locked(settings.out):
+            if settings.to == "cache":
+                done = _to_cache(source, settings)
+            else:
+                done = _to_lerobot(source, settings, command or command_of("data convert", settings))
     bad = f", {done.n_bad} bad episodes left out: {bad_path(settings.out)}" if done.n_bad else ""
     print(f"{done.n_new} new episodes, {done.n_episodes} in all, {done.n_frames} frames{bad}: {settings.out}")
     return done
@@ -149,15 +161,17 @@ def estimate_bytes(source: FrameSource, settings: Settings) -> int:
     return total + len(source) * 4 * (source.action_dim + source.state_dim + 2)
 
 
+def _finished(source: SubsetSource, settings: Settings) -> Converted:
+    """Nothing to write: the cache is complete."""
+    reader = _finished_cache(source, settings)
+    print(f"{settings.out} is complete")
+    if settings.verify:
+        verify_cache(reader, source, settings.cache)
+    return Converted(settings.out, reader.n_episodes, len(reader), 0, len(read_jsonl(bad_path(settings.out))))
+
+
 def _to_cache(source: SubsetSource, settings: Settings) -> Converted:
-    n_bad = len(read_jsonl(bad_path(settings.out)))
-    if (settings.out / CACHE_JSON).is_file():
-        reader = _finished_cache(source, settings)
-        print(f"{settings.out} is complete")
-        if settings.verify:
-            verify_cache(reader, source, settings.cache)
-        return Converted(settings.out, reader.n_episodes, len(reader), 0, n_bad)
-    if not settings.out.exists():
+    if is_new(settings.out):
         bad_path(settings.out).unlink(missing_ok=True)
     writer = CacheWriter(settings.out, source, settings.cache)
     n_before = len(writer.rows)
@@ -184,13 +198,13 @@ def _finished_cache(source: FrameSource, settings: Settings) -> CacheReader:
     return reader
 
 
-def _to_lerobot(source: SubsetSource, settings: Settings) -> Converted:
+def _to_lerobot(source: SubsetSource, settings: Settings, command: str) -> Converted:
     fps = settings.fps or source.fps
     if fps < 1 or fps != int(fps):
         raise problem(f"{fps:g} fps in {source.where}", "a whole number, as LeRobot requires", "pass --fps")
     knows_success = source.n_episodes > 0 and all(source.success_of(k) is not None for k in range(source.n_episodes))
     cameras = {camera: settings.cache.shape(source.image_shape(camera))[:2] for camera in source.cameras}
-    _claim_lerobot(source, settings)
+    _claim_lerobot(source, settings, command)
     writer = LeRobotWriter(
         settings.out, int(fps), cameras, source.state_names, source.action_names, source.name,
         "video" if settings.images == "video" else "image", resume=True, record_success=knows_success,
@@ -208,30 +222,30 @@ def _to_lerobot(source: SubsetSource, settings: Settings) -> Converted:
         if not writer.n_episodes:
             raise problem(f"no episode of {source.where} to write", "at least one", "choose other episodes")
     if settings.verify:
-        from vla.finetune.dataset_check import check_dataset
-
-        errors = [finding.text for finding in check_dataset(settings.out, all_frames=True) if finding.level == "error"]
-        if errors:
-            raise VlaError(f"{settings.out}: {len(errors)} errors; the first: {errors[0]}; fix: write it again")
-        print(f"verified: {writer.n_frames} frames can be read")
+        bad = {row["episode"] for row in read_jsonl(bad_path(settings.out))}
+        written = [k for k, number in enumerate(source.chosen) if number not in bad]
+        verify_lerobot(settings.out, source, written, lambda episode: _prepared(episode, settings), fps)
+    end(settings.out)
     return Converted(settings.out, writer.n_episodes, writer.n_frames, writer.n_episodes - n_before, n_bad)
 
 
-def _claim_lerobot(source: SubsetSource, settings: Settings) -> None:
+def _claim_lerobot(source: SubsetSource, settings: Settings, command: str) -> None:
+    """Refuse a folder with anything but this conversion; mark a new one as unfinished."""
     path, out = settings.out / CONVERT_JSON, settings.out
     shaping = {"source_hash": source_hash(source), "cameras": list(source.cameras), "images": settings.images or "png",
                "size_px": settings.size_px, "resize_filter": settings.resize_filter, "fps": settings.fps,
                "instruction": settings.instruction}  # fmt: skip
     if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_object(path, "remove the folder and convert anew")
         for name, value in shaping.items():
             if found.get(name) != value:
                 raise problem(f"{name} {value!r}", f"{found.get(name)!r}, as the conversion in {out} began",
                               "use the same source and settings, or another --out")  # fmt: skip
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif not is_new(out):
         raise problem(f"{out} is not empty", "a new folder, or a conversion to continue", "choose another --out")
     else:
         bad_path(out).unlink(missing_ok=True)
+        begin(out, command)
         write_json(path, shaping)
 
 
@@ -270,11 +284,7 @@ def _each_episode(
 
 
 def unread_records(source: FrameSource) -> list[dict[str, Any]]:
-    """Records that the reader itself left out, as rows for the list of bad episodes: they have no number."""
-    from vla.finetune.rlds_reader import RldsReader
-
-    if not isinstance(source, RldsReader):
-        return []
+    """Episodes left out when the dataset was opened, as rows for the list of bad episodes: they have no number."""
     return [{"episode": None, "file": bad.file, "record": bad.record, "error": bad.why} for bad in source.bad]
 
 

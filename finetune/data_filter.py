@@ -26,6 +26,7 @@ from vla.finetune.gripper_lint import gripper_dim
 from vla.finetune.open_source import open_source
 from vla.finetune.source import FrameSource
 from vla.finetune.subset_source import SubsetSource
+from vla.finetune.unfinished import command_of
 from vla.types import problem
 
 OTHER_CHECKS = ("files", "leaks", "quality")
@@ -94,7 +95,7 @@ def run(settings: Settings) -> Chosen:
             print(f"list: {settings.out}")
     else:
         convert(part, ConvertSettings(settings.source, "lerobot", settings.out, settings.images, fps=settings.fps,
-                                      dry_run=settings.dry_run))  # fmt: skip
+                                      dry_run=settings.dry_run), command_of("data filter", settings))  # fmt: skip
     return chosen
 
 

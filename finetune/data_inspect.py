@@ -31,6 +31,10 @@ class Settings:
     rotation_deg: Literal[0, 90, 180, 270] = 0
     """Turn the page's frames counter-clockwise: 180 for LIBERO's, which are stored upside down."""
 
+    def __post_init__(self) -> None:
+        if self.samples < 0:
+            raise problem(f"samples {self.samples}", "0 or more", "correct --samples")
+
 
 def run(settings: Settings) -> FrameSource:
     """Print instructions, lengths and action ranges; write the page if asked to."""
@@ -41,6 +45,9 @@ def run(settings: Settings) -> FrameSource:
     console.print(f"{source.name}: {source.n_episodes} episodes, {len(source)} frames, {source.fps:g} fps, "
                   f"cameras {', '.join(source.cameras) or 'none'}, state {source.state_dim}, action {source.action_dim}",
                   markup=False, highlight=False)  # fmt: skip
+    if source.empty:
+        console.print(f"{len(source.empty)} demonstrations without a step left out: {', '.join(source.empty[:4])}"
+                      f"{', ...' if len(source.empty) > 4 else ''}", markup=False, highlight=False, soft_wrap=True)  # fmt: skip
     tasks = Table("instruction", "episodes", "frames (min, mean, max)")
     for instruction, episodes in by_instruction(source).items():
         n = [source.episodes[i].stop - source.episodes[i].start for i in episodes]

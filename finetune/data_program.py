@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from vla.finetune import collect
+from vla.finetune.cache_format import CACHE_JSON
 from vla.finetune.data_inspect import ranges_table
-from vla.finetune.lerobot_reader import LeRobotReader
+from vla.finetune.lerobot_format import INFO_PATH
+from vla.finetune.open_source import open_sources
+from vla.finetune.source import FrameSource
 from vla.finetune.statistics import FILE, dataset_statistics, write_statistics
 from vla.normalize import Statistics
 from vla.types import Suite, problem
@@ -21,10 +25,10 @@ CollectSettings = collect.Settings
 class StatsSettings:
     """Compute exact statistics of actions and state, in OpenVLA's dataset_statistics.json format."""
 
-    data: tuple[Path, ...]
-    """Folders of LeRobot datasets; each goes by its folder's name."""
+    data: tuple[str, ...]
+    """The datasets: folders or files of any format, as `vla finetune --data` takes them; each goes by its name."""
     out: Path | None = None
-    """File to write; not given: dataset_statistics.json in the dataset's folder, if there is one dataset."""
+    """File to write; not given: dataset_statistics.json in the dataset's folder, if it is one LeRobot dataset or cache."""
     gripper: str | None = None
     """Name of the action dimension that is left un-normalised; not given: the one called "gripper", if there is one."""
 
@@ -36,26 +40,32 @@ def run_collect(settings: CollectSettings, suite: Suite) -> collect.Collected:
 
 def run_stats(settings: StatsSettings) -> Statistics:
     """Compute, print and write the statistics."""
-    if not settings.data or (settings.out is None and len(settings.data) > 1):
-        raise problem(f"{len(settings.data)} datasets and no --out", "one dataset, or a file to write", "pass --out")
-    readers = [LeRobotReader(root) for root in settings.data]
-    names = [reader.name for reader in readers]
-    if len(set(names)) < len(names):
-        raise problem(f"datasets named {', '.join(names)}", "different folder names", "rename one of the folders")
+    data = list(settings.data)
+    if not data or (settings.out is None and len(data) > 1):
+        raise problem(f"{len(data)} datasets and no --out", "one dataset, or a file to write", "pass --out")
+    out = settings.out or _own_file(data[0])
     value = {}
-    for reader in readers:
-        value[reader.name] = dataset_statistics(reader, _gripper_dim(reader, settings.gripper))
-        print(f"{reader.name}: {value[reader.name]['num_trajectories']} episodes, "
-              f"{value[reader.name]['num_transitions']} frames")  # fmt: skip
-        Console().print(ranges_table(value[reader.name]["action"], reader.action_names))
-    out = settings.out or readers[0].root / FILE
+    for source in open_sources(data)[0]:
+        entry = value[source.name] = dataset_statistics(source, _gripper_dim(source, settings.gripper))
+        print(f"{source.name}: {entry['num_trajectories']} episodes, {entry['num_transitions']} frames")
+        Console().print(ranges_table(entry["action"], source.action_names))
     write_statistics(out, value)
     print(f"statistics: {out}")
     return value
 
 
-def _gripper_dim(reader: LeRobotReader, name: str | None) -> int | None:
-    names = reader.action_names
+def _own_file(data: str) -> Path:
+    """Where a dataset's statistics go if nothing else is said."""
+    folder = Path(data)
+    if folder.is_dir() and not any((folder / name).is_file() for name in (INFO_PATH, CACHE_JSON)):
+        raise problem(f"{data}, neither a LeRobot dataset nor a cache, and no --out", "a file to write", "pass --out")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise problem(f"{data}, no folder that can be written, and no --out", "a file to write", "pass --out")
+    return folder / FILE
+
+
+def _gripper_dim(source: FrameSource, name: str | None) -> int | None:
+    names = source.action_names
     if name is not None and name not in names:
         raise problem(f"gripper {name!r}", f"one of {', '.join(names)}", "name an action dimension of the data")
     wanted = name or "gripper"

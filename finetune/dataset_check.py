@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -41,7 +42,15 @@ def check_dataset(root: Path, all_frames: bool = False) -> list[Finding]:
     if "next.success" not in reader.features:
         findings.append(Finding("warning", "no next.success: success of the episodes is not known"))
     findings += _check_images(reader, all_frames)
-    return list(dict.fromkeys(findings))  # one damaged file is met again for each of its episodes
+    return merged(findings)  # one damaged file is met again for each of its episodes
+
+
+def merged(findings: Iterable[Finding]) -> list[Finding]:
+    """Those with one text are one, about the episodes of all of them; the order is kept."""
+    found: dict[Finding, list[int]] = {}
+    for finding in findings:
+        found.setdefault(replace(finding, episodes=()), []).extend(finding.episodes)
+    return [replace(finding, episodes=tuple(sorted(set(episodes)))) for finding, episodes in found.items()]
 
 
 def check_source(source: FrameSource, all_frames: bool = False) -> list[Finding]:
@@ -49,7 +58,14 @@ def check_source(source: FrameSource, all_frames: bool = False) -> list[Finding]
     findings: list[Finding] = []
     if not source.n_episodes:
         return [Finding("error", f"{source.where} has no episodes")]
-    for key, rows in (("action", source.actions()), ("state", source.states())):
+    findings += [Finding("warning", f"{place} has no step: it is left out") for place in source.empty]
+    for key, read in (("action", source.actions), ("state", source.states), ("reward", source.rewards)):
+        try:
+            rows = read()
+        except VlaError as error:  # a reader that refuses such numbers itself, or a damaged file
+            findings.append(Finding("error", str(error)))
+            continue
+        rows = None if rows is None else rows.reshape(len(rows), -1)
         bad = np.argwhere(~np.isfinite(rows)) if rows is not None else np.zeros((0, 2), np.int64)
         if rows is not None and len(bad):
             episodes = sorted({source.episode_of(int(i)) for i in bad[:, 0]})
@@ -68,7 +84,7 @@ def check_source(source: FrameSource, all_frames: bool = False) -> list[Finding]
                     findings.append(Finding("error", text, episodes=(span.index,), fix="drop the episode"))
         if span.stop - span.start == 1:
             findings.append(Finding("warning", f"episode {span.index} has a single frame", episodes=(span.index,)))
-    return list(dict.fromkeys(findings))
+    return merged(findings)
 
 
 def _read_numbers(reader: LeRobotReader) -> tuple[list[Finding], dict[str, np.ndarray]]:
@@ -84,7 +100,8 @@ def _read_numbers(reader: LeRobotReader) -> tuple[list[Finding], dict[str, np.nd
                 parts.append(reader.file_column(file, key))
             except VlaError as error:
                 broken.add(file)
-                findings.append(Finding("error", str(error)))
+                episodes = tuple(row.index for row in reader.episodes if row.data_file == file)
+                findings.append(Finding("error", str(error), episodes=episodes))
         if not broken:
             columns[key] = np.concatenate(parts)
     return findings, columns if not broken else {}
@@ -98,7 +115,7 @@ def _check_values(reader: LeRobotReader, columns: dict[str, np.ndarray]) -> list
             frame, dim = np.argwhere(~np.isfinite(rows))[0]
             episodes = sorted({reader.episode_of(int(i)) for i in np.argwhere(~np.isfinite(rows))[:, 0]})
             text = f"{key}: {rows[frame, dim]} at frame {frame}, dimension {dim}; episodes with such values: {episodes}"
-            findings.append(Finding("error", text))
+            findings.append(Finding("error", text, episodes=tuple(episodes), fix="drop these episodes"))
         names = {"action": reader.action_names, reader.state_key: reader.state_names}.get(key, ())
         for dim, name in enumerate(names):
             if (rows[:, dim] == rows[0, dim]).all():
@@ -117,28 +134,32 @@ def _check_order(reader: LeRobotReader, columns: dict[str, np.ndarray]) -> list[
         }  # fmt: skip
         for key, values in expected.items():
             if key in columns and (columns[key][row.start : row.stop].reshape(-1) != values).any():
-                findings.append(
-                    Finding("error", f"episode {row.index}: {key} does not count {values[0]}..{values[-1]}")
-                )
+                text = f"episode {row.index}: {key} does not count {values[0]}..{values[-1]}"
+                findings.append(Finding("error", text, episodes=(row.index,)))
         if "timestamp" in columns:
             seconds = columns["timestamp"][row.start : row.stop].reshape(-1).astype(np.float64)
             late = np.abs(seconds - np.arange(n) / reader.fps)
             if late.max() > TOLERANCE_S + np.spacing(np.float32(n / reader.fps)):
                 text = f"timestamp {seconds[late.argmax()]:.6f} s at frame {late.argmax()}, {late.argmax() / reader.fps:.6f} s"
-                findings.append(Finding("error", f"episode {row.index}: {text} by {reader.fps:g} fps"))
+                text = f"episode {row.index}: {text} by {reader.fps:g} fps"
+                findings.append(Finding("error", text, episodes=(row.index,)))
         if n == 1:
-            findings.append(Finding("warning", f"episode {row.index} has a single frame"))
+            findings.append(Finding("warning", f"episode {row.index} has a single frame", episodes=(row.index,)))
     return findings
 
 
 def _check_instructions(reader: LeRobotReader, columns: dict[str, np.ndarray]) -> list[Finding]:
     findings = []
-    used = set(columns["task_index"].reshape(-1).tolist()) if "task_index" in columns else set()
-    for task in sorted(used - set(reader.tasks)):
-        findings.append(Finding("error", f"task_index {task} is used but meta/tasks.parquet does not have it"))
-    for task in sorted(used & set(reader.tasks)):
-        if not (reader.tasks[task] or "").strip():
-            findings.append(Finding("error", f"task_index {task} is used but has no instruction"))
+    used: dict[int, set[int]] = {}
+    for i, task in enumerate(columns["task_index"].reshape(-1).tolist() if "task_index" in columns else ()):
+        used.setdefault(task, set()).add(i)
+    for task in sorted(used):
+        if (reader.tasks.get(task) or "").strip():
+            continue
+        why = "has no instruction" if task in reader.tasks else "meta/tasks.parquet does not have it"
+        episodes = sorted({reader.episode_of(i) for i in used[task]})
+        text = f"task_index {task} is used but {why}"
+        findings.append(Finding("error", text, episodes=tuple(episodes), fix="drop these episodes"))
     return findings
 
 
@@ -151,9 +172,9 @@ def _check_images(reader: LeRobotReader, all_frames: bool) -> list[Finding]:
                 try:
                     image = reader.images(i, [name])[name]
                 except VlaError as error:
-                    findings.append(Finding("error", str(error)))
+                    findings.append(Finding("error", str(error), episodes=(row.index,)))
                     continue
                 if image.shape != shape:
                     text = f"episode {row.index}: {name} is {image.shape}, info.json says {shape}"
-                    findings.append(Finding("error", text))
+                    findings.append(Finding("error", text, episodes=(row.index,), fix="drop the episode"))
     return findings

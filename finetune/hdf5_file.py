@@ -11,6 +11,15 @@ import h5py
 
 from vla.types import problem
 
+HDF5_ERRORS = (OSError, RuntimeError, KeyError)
+"""What h5py raises for a damaged file."""
+
+
+def signature(demo: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Name and shape per step of each dataset that a reader looks at; equal for demonstrations of one layout."""
+    names = ["actions", "rewards", "dones", *(f"obs/{key}" for key in demo["obs"])]
+    return tuple(sorted((name, demo[name].shape[1:]) for name in names if name in demo))
+
 
 def hdf5_files(path: Path) -> tuple[Path, ...]:
     """The file, or all .hdf5 and .h5 files in a folder and below, by name."""

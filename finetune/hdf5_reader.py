@@ -16,9 +16,10 @@ to close, as the environment takes it (the RLDS copies of OpenVLA have 1 for ope
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,9 +28,19 @@ from typing import Any
 import h5py
 import numpy as np
 
-from vla.finetune.hdf5_file import child, control_hz, demo_order, frames_upright, hdf5_files, instruction_in, open_hdf5
-from vla.finetune.source import FrameSource
-from vla.types import Episode, problem
+from vla.finetune.hdf5_file import (
+    HDF5_ERRORS,
+    child,
+    control_hz,
+    demo_order,
+    frames_upright,
+    hdf5_files,
+    instruction_in,
+    open_hdf5,
+    signature,
+)
+from vla.finetune.source import BadEpisode, FrameSource
+from vla.types import Episode, VlaError, problem
 
 OPEN_FILES = 16
 CAMERA_NAMES = {"agentview_rgb": "agentview", "eye_in_hand_rgb": "wrist"}  # as the LIBERO suite has them
@@ -63,39 +74,46 @@ class Hdf5Reader(FrameSource):
     Frames are read when they are asked for. Picklable: a copy opens its own files, and a forked child reopens them.
     Demonstrations without a step are left out and named in `empty`.
 
+    Args:
+        skip_bad: read the numbers of every demonstration now; leave out, and list in `bad`, files and demonstrations that
+            cannot be read or used. What most demonstrations have, all must have.
+
     Raises:
         VlaError: no such file, not HDF5 or cut short, another layout, a dataset that is missing, of another shape or
             of another length than the actions; file, demonstration and dataset are named.
     """
 
-    def __init__(self, path: Path | str, name: str | None = None) -> None:
+    def __init__(self, path: Path | str, name: str | None = None, skip_bad: bool = False) -> None:
         self.path = Path(path)
         self.where = str(self.path)
-        self.name = name or self.path.resolve().stem
+        self.name = name or (self.path.resolve().name if self.path.is_dir() else self.path.resolve().stem)
         self.files = hdf5_files(self.path)
         self.empty: tuple[str, ...] = ()
         self._forget()
         demos: list[Demo] = []
         rates: set[float] = set()
-        self._instructions: list[str] = []
-        self._upright: list[bool] = []
+        self._instructions: dict[int, str] = {}
+        self._upright: dict[int, bool] = {}
+        self._layout: dict[str, tuple[int, ...]] = {}
+        usual = self._usual_demo() if skip_bad else None
+        if usual is not None:
+            self._learn_layout(
+                child(self._data(usual[0]), usual[1], h5py.Group, self.files[usual[0]]), self.files[usual[0]]
+            )
         for k, file in enumerate(self.files):
-            data = self._data(k)
-            self._instructions.append(instruction_in(data, file))
-            self._upright.append(frames_upright(data))
-            rates.add(control_hz(data, file))
-            for key in sorted(data, key=demo_order):
-                n = self._n_steps(data, file, key)
-                if n == 0:
-                    self.empty += (f"{file}: {key}",)
-                    continue
-                if not demos:
-                    self._learn_layout(child(data, key, h5py.Group, file), file)
-                start = demos[-1].stop if demos else 0
-                demos.append(Demo(len(demos), start, start + n, k, key))
-                self._check(child(data, key, h5py.Group, file), demos[-1])
+            with self._listing_bad(file, None, skip_bad):
+                data = self._data(k)
+                self._instructions[k] = instruction_in(data, file)
+                self._upright[k] = frames_upright(data)
+                rates.add(control_hz(data, file))
+                for key in sorted(data, key=demo_order):
+                    with self._listing_bad(file, key, skip_bad):
+                        self._take(demos, k, key, skip_bad)
         if not demos:
-            raise problem(f"no demonstration with steps in {self.path}", "data/demo_0 and so on", "pass other files")
+            first = f" (the first of {len(self.bad)} bad ones: {self.bad[0].why})" if self.bad else ""
+            raise problem(
+                f"no demonstration with steps in {self.path}{first}", "data/demo_0 and so on", "pass other files"
+            )
         self.fps = rates.pop() if len(rates) == 1 else 0.0
         self.episodes: Sequence[Demo] = demos
 
@@ -138,6 +156,10 @@ class Hdf5Reader(FrameSource):
     def instruction_of(self, i: int) -> str:
         return self._instructions[self.episodes[self.episode_of(i)].file]
 
+    def place_of(self, episode: int) -> tuple[str, str]:
+        demo = self.episodes[episode]
+        return str(self.files[demo.file]), demo.key
+
     def success_of(self, episode: int) -> bool | None:
         """Whether there was a reward; without rewards, whether it was done before it ended or at its end."""
         demo = self.episodes[episode]
@@ -170,16 +192,60 @@ class Hdf5Reader(FrameSource):
 
     def _whole(self, keys: Sequence[str]) -> np.ndarray:
         """float32 (N, width): these datasets of all demonstrations, side by side."""
-        parts = []
-        for demo in self.episodes:
-            rows = [np.asarray(self._read(demo, key), np.float64).reshape(len(demo), -1) for key in keys]
-            parts.append(np.concatenate(rows, axis=1).astype(np.float32))
-            if not np.isfinite(parts[-1]).all():
-                row, column = np.argwhere(~np.isfinite(parts[-1]))[0]
-                place = f"{self.files[demo.file]}: {demo.key}/{'+'.join(keys)}"
-                raise problem(f"{place}: {parts[-1][row, column]} at step {row}, dimension {column}", "finite numbers",
-                              "remove this demonstration from the file, or make it again")  # fmt: skip
-        return np.concatenate(parts)
+        return np.concatenate([self._numbers(demo, keys) for demo in self.episodes])
+
+    def _numbers(self, demo: Demo, keys: Sequence[str]) -> np.ndarray:
+        """float32 (T, width): these datasets of one demonstration, side by side; VlaError if one is not finite."""
+        rows = [np.asarray(self._read(demo, key), np.float64).reshape(len(demo), -1) for key in keys]
+        values = np.concatenate(rows, axis=1).astype(np.float32)
+        if not np.isfinite(values).all():
+            row, column = np.argwhere(~np.isfinite(values))[0]
+            place = f"{self.files[demo.file]}: {demo.key}/{'+'.join(keys)}"
+            raise problem(f"{place}: {values[row, column]} at step {row}, dimension {column}", "finite numbers",
+                          "remove this demonstration from the file, or make it again, or pass --skip-bad")  # fmt: skip
+        return values
+
+    def _take(self, demos: list[Demo], k: int, key: str, skip_bad: bool) -> None:
+        """Append demonstration `key` of file `k` to `demos`, if it has steps."""
+        data, file = self._data(k), self.files[k]
+        n = self._n_steps(data, file, key)
+        if n == 0:
+            self.empty += (f"{file}: {key}",)
+            return
+        group, start = child(data, key, h5py.Group, file), demos[-1].stop if demos else 0
+        if not self._layout:
+            self._learn_layout(group, file)
+        demo = Demo(len(demos), start, start + n, k, key)
+        self._check(group, demo)
+        if skip_bad:
+            for names in (("actions",), tuple(f"obs/{name}" for name in STATE_KEYS), ("rewards",), ("dones",)):
+                if all(name in self._layout for name in names):
+                    self._numbers(demo, names)
+        demos.append(demo)
+
+    def _usual_demo(self) -> tuple[int, str] | None:
+        """File and name of the first demonstration that has the datasets that most have; None if none can be read."""
+        found: dict[tuple[Any, ...], list[tuple[int, str]]] = {}
+        for k in range(len(self.files)):
+            with contextlib.suppress(VlaError, *HDF5_ERRORS):  # it is listed later
+                data = self._data(k)
+                for key in sorted(data, key=demo_order):
+                    with contextlib.suppress(VlaError, *HDF5_ERRORS):
+                        if self._n_steps(data, self.files[k], key):
+                            found.setdefault(signature(data[key]), []).append((k, key))
+        return max(found.values(), key=len)[0] if found else None
+
+    @contextlib.contextmanager
+    def _listing_bad(self, file: Path, key: str | None, skip_bad: bool) -> Iterator[None]:
+        """With `skip_bad`, what fails inside is added to `bad`."""
+        if not skip_bad:
+            yield
+            return
+        try:
+            yield
+        except (VlaError, *HDF5_ERRORS) as error:
+            why = str(error) if isinstance(error, VlaError) else f"{file}: {key or 'data'}: {error}"
+            self.bad += (BadEpisode(str(file), key, why),)
 
     def _learn_layout(self, demo: h5py.Group, file: Path) -> None:
         """What the first demonstration has, all must have."""
@@ -222,7 +288,7 @@ class Hdf5Reader(FrameSource):
         file = self.files[demo.file]
         try:
             return part(self._data(demo.file)[f"{demo.key}/{key}"])
-        except (OSError, RuntimeError, KeyError) as error:
+        except HDF5_ERRORS as error:
             raise problem(
                 f"{file}: {demo.key}/{key}: {error}", "readable data", "the file is damaged: copy it again"
             ) from error

@@ -32,7 +32,7 @@ from huggingface_hub.errors import (
 
 from vla.finetune.lerobot_reader import LeRobotReader
 from vla.finetune.open_folder import open_folder
-from vla.finetune.source import FrameSource
+from vla.finetune.source import FrameSource, Unreachable
 from vla.types import VlaError, problem
 
 PREFIX = "hf://datasets/"
@@ -101,8 +101,10 @@ def parse_address(text: str) -> HubAddress:
     return HubAddress(found["repo"], found["revision"] or "main", folder)
 
 
-def open_hub(text: str, name: str | None = None) -> FrameSource:
+def open_hub(text: str, name: str | None = None, skip_bad: bool = False) -> FrameSource:
     """The dataset at this address. `name` is its `unnorm_key`; None: the folder's or repository's name.
+
+    With `skip_bad` every data file of a LeRobotDataset is downloaded now, to be looked into.
 
     Raises:
         VlaError: no such dataset, no access, no connection and not in the cache, or no format that is known.
@@ -110,9 +112,9 @@ def open_hub(text: str, name: str | None = None) -> FrameSource:
     address = parse_address(text)
     listing = list_files(address)
     if INFO in listing.names:
-        return open_lerobot(address, listing, name)
+        return open_lerobot(address, listing, name, skip_bad)
     paths = [download(address, file, listing.commit) for file in _wanted(address, listing)]
-    return open_folder(_root_of(address, listing, paths[0]), name=name or address.name)
+    return open_folder(_root_of(address, listing, paths[0]), name=name or address.name, skip_bad=skip_bad)
 
 
 def list_files(address: HubAddress) -> Listing:
@@ -140,14 +142,15 @@ def download(address: HubAddress, name: str, commit: str | None = None) -> Path:
         raise _explained(error, address, address.path(name)) from error
 
 
-def open_lerobot(address: HubAddress, listing: Listing, name: str | None) -> LeRobotReader:
+def open_lerobot(address: HubAddress, listing: Listing, name: str | None, skip_bad: bool = False) -> LeRobotReader:
     """A LeRobotDataset whose tables are downloaded now and whose other files when they are read."""
     info = download(address, INFO)  # by its revision, so that the cache remembers which commit that was
     root = _root_of(address, listing, info, INFO)
     for file in listing.names:
         if file.startswith("meta/") and file not in _UNREAD:
             download(address, file, listing.commit)
-    return LeRobotReader(root, name or address.name, need=HubFiles(address, listing.commit, root))
+    need = HubFiles(address, listing.commit, root)
+    return LeRobotReader(root, name or address.name, need=need, skip_bad=skip_bad)
 
 
 def _wanted(address: HubAddress, listing: Listing) -> list[str]:
@@ -191,6 +194,13 @@ def _is_answer(error: Exception) -> bool:
 
 
 def _explained(error: Exception, address: HubAddress, file: str) -> VlaError:
+    """What to tell the user; `Unreachable` unless the Hub says that there is no such file."""
+    said = _said(error, address, file)
+    missing = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+    return said if missing else Unreachable(str(said))
+
+
+def _said(error: Exception, address: HubAddress, file: str) -> VlaError:
     what = f"{file} of {address}" if file else str(address)
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from vla.jpeg import fault
 from vla.types import VlaError, problem
 
 VERSION = "v3.0"
@@ -190,7 +191,7 @@ def decode_image(data: bytes | None, where: str) -> np.ndarray:
             return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise problem(
-            f"{where}: {error}", "a PNG or JPEG image", "the frame is damaged: copy the file again"
+            f"{where}: {fault(error)}", "a PNG or JPEG image", "the frame is damaged: copy the file again"
         ) from error
 
 

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from vla.finetune import lerobot_v21
+from vla.finetune.lerobot_faults import leave_out_bad
 from vla.finetune.lerobot_format import (
     DATA_PATH,
     INFO_PATH,
@@ -50,6 +52,7 @@ class LeRobotReader(FrameSource):
         name: the `unnorm_key` of its statistics; the folder's name if None.
         need: called with the path of each data or video file before it is opened, so that it can be put there first
             (see `vla.finetune.hub`). Must be picklable.
+        skip_bad: read the numbers of every episode now and leave out those where they cannot be read or used.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class LeRobotReader(FrameSource):
         name: str | None = None,
         cache_mb: int = 256,
         need: Callable[[Path], object] | None = None,
+        skip_bad: bool = False,
     ) -> None:
         self.root = Path(root)
         self.where = str(self.root)
@@ -82,6 +86,8 @@ class LeRobotReader(FrameSource):
         self._need = need
         self._hold(rows)
         self._check_totals()
+        if skip_bad:
+            self.bad = leave_out_bad(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what was read: columns and open files."""
@@ -90,16 +96,22 @@ class LeRobotReader(FrameSource):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._hold(self.episodes)
+        self._hold(self.episodes, self.stored_at)
 
-    def _hold(self, rows: Sequence[EpisodeRow]) -> None:
-        """These episodes, nothing of them read yet."""
+    def _hold(self, rows: Sequence[EpisodeRow], stored_at: Sequence[tuple[int, int]] | None = None) -> None:
+        """These episodes, nothing of them read yet. `stored_at` is given for a part of the dataset."""
         self.episodes: Sequence[EpisodeRow] = rows
-        self._first_row: dict[tuple[int, int], int] = {}
-        self._n_rows: dict[tuple[int, int], int] = {}
-        for row in rows:
-            self._first_row.setdefault(row.data_file, row.start)
-            self._n_rows[row.data_file] = self._n_rows.get(row.data_file, 0) + len(row)
+        if stored_at is None:
+            self._n_rows: dict[tuple[int, int], int] = {}
+            stored_at = []
+            for row in rows:
+                stored_at.append((self._n_rows.get(row.data_file, 0), row.index))
+                self._n_rows[row.data_file] = stored_at[-1][0] + len(row)
+        self.stored_at = stored_at
+        """For each episode: the row of its data file where it begins, and its number in the dataset."""
+        self._slices: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for row, (begin, _) in zip(rows, stored_at, strict=True):
+            self._slices.setdefault(row.data_file, []).append((begin, len(row)))
         self._columns: dict[str, np.ndarray] = {}
         self._frames = FrameFiles(self.cache_mb)
 
@@ -109,10 +121,17 @@ class LeRobotReader(FrameSource):
         for row in self.episodes:
             rows.setdefault(row.data_file, []).append(row)
         for found in rows.values():
-            first = found[0].start
             part = copy.copy(self)
-            part._hold([replace(r, index=k, start=r.start - first, stop=r.stop - first) for k, r in enumerate(found)])
+            part.keep([row.index for row in found])
             yield part
+
+    def keep(self, episodes: Sequence[int]) -> None:
+        """Forget all other episodes; these are counted from 0."""
+        rows: list[EpisodeRow] = []
+        for k in episodes:
+            row, start = self.episodes[k], rows[-1].stop if rows else 0
+            rows.append(replace(row, index=len(rows), start=start, stop=start + len(row)))
+        self._hold(rows, [self.stored_at[k] for k in episodes])
 
     def files(self) -> list[Path]:
         """The data and video files of the episodes, in order."""
@@ -134,20 +153,21 @@ class LeRobotReader(FrameSource):
 
     def file_column(self, file: tuple[int, int], key: str) -> np.ndarray:
         """The rows of `column(key)` that one data file holds."""
-        path = self._there(self.data_path(file))
-        values = column_array(read_columns(path, [key]).column(key), self._feature(key), f"{path}: {key}")
-        if len(values) != self._n_rows[file]:
+        path = self.there(self.data_path(file))
+        column, slices, expected = read_columns(path, [key]).column(key), self._slices[file], self._n_rows[file]
+        if sum(length for _, length in slices) < expected:  # of some of its episodes
+            chunks = [chunk for begin, length in slices for chunk in column.slice(begin, length).chunks]
+            column = pa.chunked_array(chunks, type=column.type)
+        elif len(column) != expected:
             raise problem(
-                f"{path} with {len(values)} rows",
-                f"{self._n_rows[file]}, as the table of episodes says",
-                "copy it again",
+                f"{path} with {len(column)} rows", f"{expected}, as the table of episodes says", "copy it again"
             )
-        return values
+        return column_array(column, self._feature(key), f"{path}: {key}")
 
     @property
     def data_files(self) -> tuple[tuple[int, int], ...]:
         """Chunk and file index of every data file, in the order of their frames."""
-        return tuple(self._first_row)
+        return tuple(self._slices)
 
     def actions(self) -> np.ndarray:
         """float32 (N, D), un-normalised."""
@@ -187,6 +207,11 @@ class LeRobotReader(FrameSource):
         key = self.camera_key(camera)
         data = self._stored(i, key)[0] if self.features[key]["dtype"] == "image" else None
         return data if data and data.startswith(JPEG_START) else None
+
+    def encoded(self, i: int, camera: str) -> bytes | None:
+        self.check_frame(i)
+        key = self.camera_key(camera)
+        return self._stored(i, key)[0] if self.features[key]["dtype"] == "image" else None
 
     def image_shape(self, camera: str) -> tuple[int, int, int]:
         """(height, width, 3) of a camera's frames, as info.json says."""
@@ -279,7 +304,11 @@ class LeRobotReader(FrameSource):
     def _first_value(self, key: str, episode: int) -> Any:
         return self.column(key).reshape(-1)[self.episodes[episode].start] if key in self.features else None
 
-    def _there(self, path: Path) -> Path:
+    def place_of(self, episode: int) -> tuple[str, int]:
+        return str(self.data_path(self.episodes[episode].data_file)), self.stored_at[episode][1]
+
+    def there(self, path: Path) -> Path:
+        """The same path, its file put there if need be."""
         if self._need is not None:
             self._need(path)
         return path
@@ -294,7 +323,7 @@ class LeRobotReader(FrameSource):
         row, seconds = self.episodes[self.episode_of(i)], float(self.timestamps()[i])
         chunk, file, from_s = row.videos[key]
         rounding_s = float(np.spacing(np.float32(seconds)))  # timestamps are float32: coarse in long episodes
-        path = self._there(self.video_path((chunk, file), key))
+        path = self.there(self.video_path((chunk, file), key))
         return self._frames.video(path, from_s + seconds, TOLERANCE_S + rounding_s)
 
     def _image(self, i: int, key: str) -> np.ndarray:
@@ -302,8 +331,9 @@ class LeRobotReader(FrameSource):
 
     def _stored(self, i: int, key: str) -> tuple[bytes | None, str]:
         """The encoded image of a frame, and where it is for messages."""
-        row = self.episodes[self.episode_of(i)]
-        path = self._there(self.data_path(row.data_file))
-        folders = (self.root, self.root / lerobot_v21.image_folder(key, row.index)) if self.is_v2 else ()
-        place = i - self._first_row[row.data_file]
+        episode = self.episode_of(i)
+        row, (begin, number) = self.episodes[episode], self.stored_at[episode]
+        path = self.there(self.data_path(row.data_file))
+        folders = (self.root, self.root / lerobot_v21.image_folder(key, number)) if self.is_v2 else ()
+        place = begin + i - row.start
         return self._frames.encoded(path, place, key, folders), f"{path}: {key} in row {place}"

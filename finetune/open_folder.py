@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vla.finetune.source import FrameSource
 from vla.finetune.standard import Standardizer
+from vla.finetune.unfinished import check_finished
 from vla.types import VlaError, problem
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -19,7 +20,12 @@ _LOOKED_FOR = ("cache.json (our cache), meta/info.json (LeRobot), features.json 
 def open_folder(
     path: Path, split: str | None = None, *, name: str | None = None, skip_bad: bool = False
 ) -> FrameSource:
-    """The dataset in this folder or file; `split` is for RLDS. See `vla.finetune.open_source.open_source`."""
+    """The dataset in this folder or file; `split` is for RLDS. See `vla.finetune.open_source.open_source`.
+
+    With `skip_bad` the readers leave out what they cannot read; images are for `without_bad` to look at. VlaError naming
+    the command that continues, for a folder that a conversion has begun and not finished.
+    """
+    check_finished(path)
     rlds = _rlds_folder(path)
     if rlds is not None:
         return _rlds(rlds, split, name, skip_bad)
@@ -28,15 +34,15 @@ def open_folder(
     if (path / "cache.json").is_file() or (path / "writing.json").is_file():  # the reader says how to finish that one
         from vla.finetune.cache_reader import CacheReader
 
-        return CacheReader(path, name)
+        return CacheReader(path, name, skip_bad)
     if (path / "meta" / "info.json").is_file():
         from vla.finetune.lerobot_reader import LeRobotReader
 
-        return LeRobotReader(path, name)
+        return LeRobotReader(path, name, skip_bad=skip_bad)
     if path.suffix in _HDF5 or (path.is_dir() and any(file.suffix in _HDF5 for file in path.iterdir())):
         from vla.finetune.hdf5_reader import Hdf5Reader
 
-        return Hdf5Reader(path, name)
+        return Hdf5Reader(path, name, skip_bad)
     inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing" if path.is_dir() else "a file"
     raise problem(f"{path}, in which there is {inside}", _LOOKED_FOR, "name the folder of one dataset")
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from vla.finetune.open_folder import open_folder
 from vla.finetune.source import FrameSource
+from vla.finetune.without_bad import without_bad
 from vla.types import VlaError, problem
 
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[^/]+)?")
@@ -30,7 +31,7 @@ def open_source(text: str | Path, *, name: str | None = None, skip_bad: bool = F
 
     Args:
         name: its `unnorm_key`; None: the folder's or file's name.
-        skip_bad: leave out, count and list records that cannot be read; only RLDS shards can be read past a bad one.
+        skip_bad: leave out, count and list (`FrameSource.bad`) the episodes that cannot be used: see `without_bad`.
 
     Raises:
         VlaError: nothing there, or no format that is known (what was looked for is listed), or the reader's own.
@@ -38,11 +39,13 @@ def open_source(text: str | Path, *, name: str | None = None, skip_bad: bool = F
     address, split = _split_of(str(text))
     path = Path(address)
     if address.startswith("hf://") or (not path.exists() and _HUB.fullmatch(address)):
-        return _from_hub(address, name, split)
+        found = _from_hub(address, name, split, skip_bad)
+        return without_bad(found) if skip_bad else found
     if not path.exists():
         raise problem(f"no {path}", "a dataset's folder or file, OWNER/NAME or hf://datasets/OWNER/NAME of the Hub",
                       "correct the path")  # fmt: skip
-    return open_folder(path, split, name=name, skip_bad=skip_bad)
+    found = open_folder(path, split, name=name, skip_bad=skip_bad)
+    return without_bad(found) if skip_bad else found
 
 
 def open_sources(
@@ -90,19 +93,25 @@ def _mixture(text: str) -> list[tuple[str, float]]:
 
 
 def _split_of(text: str) -> tuple[str, str | None]:
-    address, mark, suffix = text.partition("#")
-    if mark and not suffix.startswith("split="):
+    """(address, split); a # that does not begin `#split=` belongs to the path."""
+    if Path(text).exists():
+        return text, None
+    address, mark, split = text.rpartition("#split=")
+    if mark:
+        return address, split
+    before, mark, _ = text.rpartition("#")
+    if mark and Path(before).exists():
         raise problem(f"{text!r}", "PATH#split=SPLIT, e.g. #split=train[:95%]", "correct what follows the #")
-    return address, suffix.removeprefix("split=") if mark else None
+    return text, None
 
 
-def _from_hub(address: str, name: str | None, split: str | None) -> FrameSource:
+def _from_hub(address: str, name: str | None, split: str | None, skip_bad: bool) -> FrameSource:
     from vla.finetune.hub import open_hub
 
     if split is not None:
         raise problem(f"#split={split} of {address}", "a LeRobot dataset whole, as the Hub has them", "drop #split=...")
     try:
-        return open_hub(address, name)
+        return open_hub(address, name, skip_bad)
     except VlaError as error:
         if address.startswith("hf://"):
             raise

@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 
 from vla.files import write_bytes
-from vla.finetune.rlds_index import BadRecord, Index, Plan, Rows, build, read_episode
+from vla.finetune.rlds_index import Index, Plan, Rows, build, read_episode
+from vla.finetune.source import BadEpisode
 from vla.finetune.standard import Standardizer
 from vla.finetune.tfds_info import DATASET_INFO, FEATURES
 from vla.finetune.tfrecord import Record, read_record
 from vla.types import VlaError, problem
 
-FORMAT = 1  # raise it when the arrays or the way they are made change
+FORMAT = 2  # raise it when the arrays or the way they are made change
 
 
 def load_or_build(plan: Plan) -> Index:
@@ -107,7 +108,7 @@ def _load(path: Path, state: bytes, plan: Plan) -> Index | None:
             rows = Rows(**{field.name: arrays[field.name] for field in fields(Rows)})
     except (KeyError, ValueError, zipfile.BadZipFile):
         return None
-    index = Index(rows, tuple(text["instructions"]), tuple(BadRecord(*row) for row in text["bad"]))
+    index = Index(rows, tuple(text["instructions"]), tuple(BadEpisode(*row) for row in text["bad"]))
     return index if _agrees(index, plan) else None
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vla.finetune.source import BadEpisode
 from vla.finetune.standard import Standard, Standardizer
 from vla.finetune.tf_example import parse_example
 from vla.finetune.tfds_features import Leaf, column, episode_length
@@ -17,16 +18,6 @@ from vla.progress import Progress
 from vla.types import VlaError, problem
 
 REWARD = "reward"
-
-
-@dataclass(frozen=True)
-class BadRecord:
-    """An episode that was left out."""
-
-    file: str
-    record: int
-    """Number in the file, from 0."""
-    why: str
 
 
 @dataclass(frozen=True)
@@ -57,7 +48,7 @@ class Index:
 
     rows: Rows
     instructions: tuple[str, ...]
-    bad: tuple[BadRecord, ...]
+    bad: tuple[BadEpisode, ...]
 
 
 @dataclass(frozen=True)
@@ -90,7 +81,7 @@ def build(plan: Plan) -> Index:
         VlaError: a record that is damaged or does not hold what the rule needs, unless `plan.skip_bad`; nothing is left.
     """
     parts: list[Rows] = []
-    bad: list[BadRecord] = []
+    bad: list[BadEpisode] = []
     instructions: dict[str, int] = {}
     if not plan.skip_bad:
         _check_shards(plan)
@@ -103,12 +94,12 @@ def build(plan: Plan) -> Index:
                 except VlaError as error:
                     if not plan.skip_bad:
                         raise
-                    bad.append(BadRecord(str(part.path), record.index, str(error)))
+                    bad.append(BadEpisode(str(part.path), record.index, str(error)))
                 else:
                     if len(rows.actions):
                         parts.append(rows)
                     else:
-                        bad.append(BadRecord(str(part.path), record.index, "no steps"))
+                        bad.append(BadEpisode(str(part.path), record.index, "no steps"))
                 progress.advance(min(left, 1))
                 left -= min(left, 1)
             progress.advance(left)
@@ -123,7 +114,7 @@ def _check_shards(plan: Plan) -> None:
     missing = sorted({part.path for part in plan.slices if not part.path.is_file()})
     if missing:
         raise problem(f"{len(missing)} of {len(plan.slices)} shards missing, the first {missing[0]}", "all of them",
-                      "copy the dataset again, or read what there is with skip_bad")  # fmt: skip
+                      "copy the dataset again, or read what there is with --skip-bad")  # fmt: skip
 
 
 def read_episode(plan: Plan, slice_number: int, record: Record, instructions: dict[str, int]) -> Rows:
@@ -159,7 +150,7 @@ def read_episode(plan: Plan, slice_number: int, record: Record, instructions: di
 
 
 def _records(part: ShardSlice) -> Iterator[Record]:
-    """The records of a slice, and one with a fault where the shard is missing, or holds fewer or more than it should."""
+    """The records of a slice; with a fault each that is not there, and one if the shard holds more than it should."""
     seen, stop = part.skip, part.skip + part.take
     ends_with_shard = int(stop == part.length)
     try:
@@ -170,10 +161,11 @@ def _records(part: ShardSlice) -> Iterator[Record]:
             else:
                 yield record
     except VlaError as error:  # the file cannot be opened
-        yield Record(part.skip, 0, b"", error)
+        for missing in range(part.skip, stop):
+            yield Record(missing, 0, b"", error)
         return
-    if seen < stop:
-        yield Record(seen, 0, b"", _count(part, f"only {seen} of {stop} readable"))
+    for missing in range(seen, stop):
+        yield Record(missing, 0, b"", _count(part, f"only {seen} of {stop} readable"))
 
 
 def _count(part: ShardSlice, got: str) -> VlaError:
@@ -201,4 +193,4 @@ def _check(plan: Plan, standard: Standard, n: int, where: str) -> None:
         if not finite.all():
             row, d = np.argwhere(~finite)[0]
             raise problem(f"{where}: {values[row, d]} in {name}, step {standard.frames[row]}, dimension {d} ({dimensions[d]})",
-                          "finite numbers", "mend the dataset, or leave the episode out with skip_bad")  # fmt: skip
+                          "finite numbers", "mend the dataset, or leave the episode out with --skip-bad")  # fmt: skip

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -19,15 +18,15 @@ import numpy as np
 from PIL import Image
 
 from vla.finetune.rlds_cache import load_or_build
-from vla.finetune.rlds_index import BadRecord, Plan
+from vla.finetune.rlds_index import Plan
 from vla.finetune.rlds_rule import generic_rule, is_camera
-from vla.finetune.source import FrameSource, Span
+from vla.finetune.source import BadEpisode, FrameSource, Span
 from vla.finetune.standard import Standardizer
 from vla.finetune.tf_example import parse_example
 from vla.finetune.tfds_features import Leaf, column, episode_length, read_features, unknown_key
 from vla.finetune.tfds_info import dataset_root, read_dataset_info, select
 from vla.finetune.tfrecord import read_record
-from vla.jpeg import decode_jpeg
+from vla.jpeg import decode_jpeg, fault
 from vla.types import VlaError, problem
 
 OPEN_FILES = 64
@@ -42,7 +41,7 @@ class RldsReader(FrameSource):
     """
 
     def __init__(self, root: Path | str, split: str = "train", standardizer: Standardizer | None = None,
-                 name: str | None = None, skip_bad: bool = False, *, quiet: bool = False) -> None:  # fmt: skip
+                 name: str | None = None, skip_bad: bool = False) -> None:  # fmt: skip
         """
         Args:
             root: the folder of the version (.../bridge_orig/1.0.0), or one above it if there is one version.
@@ -50,7 +49,6 @@ class RldsReader(FrameSource):
             standardizer: what columns become actions, states and instructions; without one, see `generic_rule`.
             name: `unnorm_key`; the name of the folder above the version by default.
             skip_bad: leave out episodes that are damaged or not finite; they are listed in `bad`.
-            quiet: do not say on stderr how many were left out.
 
         Raises:
             VlaError: not such a dataset, an unknown split, or a record that cannot be used (its file and number are named).
@@ -63,6 +61,7 @@ class RldsReader(FrameSource):
         self.leaves = read_features(folder)
         self.unsupported = {key: leaf.dtype for key, leaf in self.leaves.items() if leaf.kind == "unsupported"}
         self.rule = generic_rule(self.leaves, folder) if standardizer is None else standardizer
+        self.gripper = str(getattr(standardizer, "gripper", ""))
         self.cameras, self.camera_keys = tuple(self.rule.cameras), dict(self.rule.cameras)
         self.action_names, self.state_names = tuple(self.rule.action_names), tuple(self.rule.state_names)
         _check_rule(self.rule, self.leaves, folder)
@@ -71,9 +70,7 @@ class RldsReader(FrameSource):
         )
         index = load_or_build(self._plan)
         self._rows, self._instructions = index.rows, index.instructions
-        self.bad: tuple[BadRecord, ...] = index.bad
-        if self.bad and not quiet:
-            print(f"{self.where}: {len(self.bad)} records left out; first: {self.bad[0].why}", file=sys.stderr)
+        self.bad: tuple[BadEpisode, ...] = index.bad
         stops = np.cumsum(self._rows.lengths).tolist()
         self.episodes = [
             Span(i, stop - int(n), stop) for i, (n, stop) in enumerate(zip(self._rows.lengths, stops, strict=True))
@@ -81,7 +78,7 @@ class RldsReader(FrameSource):
         self._files = _OpenFiles()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, self._arguments
+        return RldsReader, self._arguments
 
     def actions(self) -> np.ndarray:
         return self._rows.actions
@@ -116,6 +113,10 @@ class RldsReader(FrameSource):
         data = self.encoded(i, camera)
         return data if data.startswith(JPEG_START) else None
 
+    def place_of(self, episode: int) -> tuple[str, int]:
+        number, record = self._rows.places[episode, :2]
+        return str(self._plan.slices[number].path), int(record)
+
     def image_shape(self, camera: str) -> tuple[int, int, int]:
         self.check_camera(camera)
         height, width = self._leaf(camera).shape[:2]
@@ -145,7 +146,16 @@ class RldsReader(FrameSource):
 
     @cached_property
     def _first_shapes(self) -> dict[str, tuple[int, int, int]]:
-        return {camera: (*image.shape[:2], 3) for camera, image in self.images(0).items()}
+        shapes = {}
+        for camera in self.cameras:
+            for span in self.episodes:
+                try:
+                    shapes[camera] = (*self._decode(span.start, camera).shape[:2], 3)
+                    break
+                except VlaError:
+                    if not self._plan.skip_bad or span is self.episodes[-1]:
+                        raise
+        return shapes
 
     def _known(self, key: str) -> Leaf:
         if key not in self.leaves:
@@ -169,7 +179,7 @@ class RldsReader(FrameSource):
         try:
             image = decode_image(data)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise problem(f"{self._at(i, camera)}: {len(data)} bytes that are no image ({error})", "a JPEG or PNG image",
+            raise problem(f"{self._at(i, camera)}: {len(data)} bytes that are no image ({fault(error)})", "a JPEG or PNG image",
                           "the frame is damaged: leave its episode out, or copy the file again") from error  # fmt: skip
         height, width = self._leaf(camera).shape[:2]
         if image.shape[0] != (height or image.shape[0]) or image.shape[1] != (width or image.shape[1]):
@@ -208,12 +218,6 @@ def _check_rule(rule: Standardizer, leaves: dict[str, Leaf], root: Path) -> None
         if not is_camera(leaves[key]):
             raise problem(f"camera {camera!r}: {key!r} is {leaves[key].kind} of {leaves[key].dtype} in {root}",
                           "an 8-bit image in each step", "use another standardizer")  # fmt: skip
-
-
-def _reopen(
-    root: Path | str, split: str, standardizer: Standardizer | None, name: str | None, skip_bad: bool
-) -> RldsReader:
-    return RldsReader(root, split, standardizer, name, skip_bad, quiet=True)
 
 
 class _OpenFiles:

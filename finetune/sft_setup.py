@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Any
 
 import numpy as np
 
 from vla.adapters import parameter_counts
+from vla.finetune.agreement import check_agreement, common_cameras, doubts, gripper_index
 from vla.finetune.chunks import ChunkDataset, Sample, holdout_split
 from vla.finetune.open_source import open_sources
 from vla.finetune.sft_settings import Settings
 from vla.finetune.source import FrameSource
-from vla.finetune.statistics import dataset_statistics
-from vla.finetune.tokenizer_fit import action_tokenizer, normalized_chunks
+from vla.finetune.statistics import constant_warnings, dataset_statistics
+from vla.finetune.tokenizer_fit import action_tokenizer, normalized_chunks, takes_physical_units
 from vla.libero_protocol import action_fields, get_protocol, image_spec
 from vla.policy import LocalPolicy, create_policy
 from vla.spec import TOKENIZER_FOLDER, ActionSpec, ImageSpec, PromptSpec
 from vla.tokenizers.schemes import load_tokenizer
 from vla.types import Observation, problem
+
+FROZEN_DTYPES = {"float32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""By precision: weights that do not train."""
 
 
 def observation_of(sample: Sample) -> Observation:
@@ -30,39 +35,36 @@ def open_datasets(settings: Settings) -> tuple[ChunkDataset, dict[str, Any]]:
     if not settings.data:
         raise problem("no dataset", "at least one dataset folder, file or address", "pass --data FOLDER")
     sources, weights = open_sources(settings.data, settings.weights, settings.skip_bad)
-    dim = sources[0].action_dim
-    for source in sources:
-        if source.action_dim != dim:
-            raise problem(f"{source.name} with {source.action_dim} action dimensions", f"{dim}, as {sources[0].name} has",
-                          "train on datasets with the same action space")  # fmt: skip
-    if settings.state:
-        _check_states(sources)
+    check_agreement(sources, settings.state)
+    gripper = None if takes_physical_units(settings.tokenizer) else gripper_index(settings.gripper_dim, sources)
     dataset = ChunkDataset(
-        [(source.name, source) for source in sources], settings.horizon, settings.cameras or None, weights,
+        [(source.name, source) for source in sources], settings.horizon, settings.cameras or common_cameras(sources), weights,
         seed=settings.seed, holdout_episodes=settings.holdout_episodes, cache_images=settings.cache_images,
-        balance=weights is not None, skip_unlabelled=True,
+        balance=weights is not None, skip_unlabelled=True, skip_bad=settings.skip_bad,
     )  # fmt: skip
-    gripper = dim - 1 if settings.gripper_dim == -1 else settings.gripper_dim
-    return dataset, {source.name: dataset_statistics(source, gripper_dim=gripper) for source in sources}
+    statistics = {source.name: dataset_statistics(source, gripper_dim=gripper) for source in sources}
+    if takes_physical_units(settings.tokenizer):
+        for entry in statistics.values():
+            entry["action"]["mask"] = [False] * sources[0].action_dim
+    for line in [*doubts(sources, gripper, settings.state), *constant_warnings(statistics)]:
+        print(f"warning: {line}", file=sys.stderr)
+    return dataset, statistics
 
 
-def _check_states(sources: list[FrameSource]) -> None:
-    """One prompt shows the state of every dataset, so they must have the same number of dimensions."""
-    first = sources[0]
-    for source in sources:
-        if source.state_dim != first.state_dim:
-            raise problem(f"{source.state_dim} state dimensions in {source.name!r}",
-                          f"{first.state_dim}, as {first.name!r} has", "pass --no-state to train without the state")  # fmt: skip
+def build_policy(
+    settings: Settings, dataset: ChunkDataset, statistics: dict[str, Any], device: str, sharded: bool = False
+) -> LocalPolicy:
+    """The backbone with action tokens and a fresh adapter.
 
-
-def build_policy(settings: Settings, dataset: ChunkDataset, statistics: dict[str, Any], device: str) -> LocalPolicy:
-    """The backbone with action tokens and a fresh adapter."""
+    Args:
+        sharded: all weights are float32 whatever the precision: FSDP2 shards weights of one type only.
+    """
     reader = dataset.readers[0]
     names = tuple(reader.action_names)
-    gripper = len(names) - 1 if settings.gripper_dim == -1 else settings.gripper_dim
-    action = ActionSpec(
-        names, settings.horizon, settings.delta, gripper, settings.gripper_convention, control_hz=reader.fps
-    )
+    physical = takes_physical_units(settings.tokenizer)
+    gripper = None if physical else gripper_index(settings.gripper_dim, dataset.readers)
+    convention = settings.gripper_convention or reader.gripper
+    action = ActionSpec(names, settings.horizon, settings.delta, gripper, convention, control_hz=reader.fps)
     if settings.protocol and gripper is not None and min(s.actions()[:, gripper].min() for s in dataset.readers) >= 0:
         # The protocol's gripper is that of data whose gripper runs from 0 to 1; -1 to 1 is LIBERO's own.
         action = dataclasses.replace(action, **action_fields(get_protocol(settings.protocol)))
@@ -81,7 +83,8 @@ def build_policy(settings: Settings, dataset: ChunkDataset, statistics: dict[str
         tokenizer=tokenizer, skip=settings.placement_skip,
         added_init=settings.added_init, unnorm_key=keys[0] if len(keys) == 1 else None,
         lora_r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
-        lora_parts=settings.lora_parts, device=device,
+        lora_parts=settings.lora_parts, method=settings.method, device=device,
+        dtype="float32" if sharded else FROZEN_DTYPES[settings.precision],
     )  # fmt: skip
 
 
@@ -115,7 +118,9 @@ def _prompt(settings: Settings, sources: list[FrameSource]) -> PromptSpec:
     low = settings.state_low or tuple(float(x) for x in np.min([states.min(0) for states in found], axis=0))
     high = settings.state_high or tuple(float(x) for x in np.max([states.max(0) for states in found], axis=0))
     template = settings.template or "State: {state}. In: What action should the robot take to {instruction}?\nOut:"
-    return PromptSpec(template, True, tuple(sources[0].state_names), low, high)
+    return PromptSpec(
+        template, True, tuple(sources[0].state_names), low, high, state_optional=settings.state_dropout > 0
+    )
 
 
 def describe(settings: Settings, dataset: ChunkDataset, policy: LocalPolicy) -> None:

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from vla.types import Episode, Observation, Step, problem
+from vla.types import Episode, Observation, Step, VlaError, problem
 
 
 class EpisodeSpan(Protocol):
@@ -41,6 +41,21 @@ class Span:
         return self.stop - self.start
 
 
+@dataclass(frozen=True)
+class BadEpisode:
+    """An episode that was left out because it cannot be used."""
+
+    file: str
+    record: int | str | None
+    """Its number in the dataset (LeRobot, our cache) or in the file (RLDS), or its name there (HDF5); None: a whole file,
+    which does not say how many it has."""
+    why: str
+
+
+class Unreachable(VlaError):
+    """The data may be whole but cannot be had now (no connection, a full disk): no reason to leave an episode out."""
+
+
 class FrameSource(ABC):
     """Random access to the N frames of a dataset. Picklable: a copy in another process opens its own files.
 
@@ -57,8 +72,14 @@ class FrameSource(ABC):
     action_names: tuple[str, ...]
     state_names: tuple[str, ...]
     """Empty if the data has no proprioception."""
+    gripper: str = ""
+    """What the gripper's numbers mean, in words, where the data's format says so."""
+    empty: tuple[str, ...] = ()
+    """Where the episodes are that have no step; they are left out of `episodes`."""
     episodes: Sequence[EpisodeSpan]
     """In order and without gaps: the first starts at 0, each starts where the one before stops."""
+    bad: tuple[BadEpisode, ...] = ()
+    """What was left out when it was opened with `skip_bad`; not among `episodes`."""
 
     @abstractmethod
     def actions(self) -> np.ndarray:
@@ -83,6 +104,14 @@ class FrameSource(ABC):
     def jpeg(self, i: int, camera: str) -> bytes | None:
         """The JPEG file that frame `i` is stored as; None if it is stored some other way."""
         return None
+
+    def encoded(self, i: int, camera: str) -> bytes | None:
+        """The image file (JPEG, PNG) that frame `i` is stored as; None if it is stored some other way."""
+        return self.jpeg(i, camera)
+
+    def place_of(self, episode: int) -> tuple[str, int | str | None]:
+        """The file an episode is in and what it is called there: see `BadEpisode`."""
+        return self.where, episode
 
     @abstractmethod
     def instruction_of(self, i: int) -> str:

@@ -123,11 +123,20 @@ def constant_dimensions(entry: Mapping[str, Any]) -> dict[str, list[int]]:
 
 
 def constant_warnings(statistics: Statistics) -> list[str]:
-    """A line for each dataset and group with dimensions that never change, for printing."""
-    return [
-        f"{dataset}: {group} dimensions {', '.join(map(str, dimensions))} never change; they are kept at their one value"
-        for dataset, entry in statistics.items() for group, dimensions in constant_dimensions(entry).items()
-    ]  # fmt: skip
+    """A line for each dataset and group with dimensions that never or hardly change, for printing."""
+    found = []
+    for dataset, entry in statistics.items():
+        constant = constant_dimensions(entry)
+        for group, dimensions in constant.items():
+            found.append(f"{dataset}: {group} dimensions {', '.join(map(str, dimensions))} never change; they are kept at "
+                         "their one value")  # fmt: skip
+        action = entry["action"]
+        flat = np.flatnonzero(np.equal(action["q01"], action["q99"]) & np.array(action.get("mask", True))).tolist()
+        rare = [d for d in flat if d not in constant.get("action", ())]
+        if rare:
+            found.append(f"{dataset}: action dimensions {', '.join(map(str, rare))} have q01 = q99 but other values too, which "
+                         "no token can tell apart; leave the dimension un-normalised, or mend the data")  # fmt: skip
+    return found
 
 
 def statistics_hash(source: FrameSource, declared: Mapping[str, Any] | None = None) -> str:

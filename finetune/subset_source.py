@@ -35,7 +35,7 @@ class SubsetSource(FrameSource):
         for camera in cameras or ():
             source.check_camera(camera)
         self.cameras = source.cameras if cameras is None else tuple(cameras)
-        self.name, self.where, self.fps = source.name, source.where, source.fps
+        self.name, self.where, self.fps, self.bad = source.name, source.where, source.fps, source.bad
         self.action_names, self.state_names = source.action_names, source.state_names
         spans, parts, start = [], [], 0
         for k, episode in enumerate(self.chosen):
@@ -67,6 +67,13 @@ class SubsetSource(FrameSource):
     def jpeg(self, i: int, camera: str) -> bytes | None:
         self.check_frame(i)
         return self.source.jpeg(int(self.frames[i]), camera)
+
+    def encoded(self, i: int, camera: str) -> bytes | None:
+        self.check_frame(i)
+        return self.source.encoded(int(self.frames[i]), camera)
+
+    def place_of(self, episode: int) -> tuple[str, int | str | None]:
+        return self.source.place_of(self.chosen[episode])
 
     def image_shape(self, camera: str) -> tuple[int, int, int]:
         self.check_camera(camera)

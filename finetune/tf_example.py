@@ -61,7 +61,7 @@ def parse_example(record: bytes, where: str, keys: Container[str] | None = None)
 
 def _not_an_example(where: str, error: _Damaged) -> VlaError:
     return problem(f"{where}: no tf.train.Example, byte {error} of it is damaged", "a dataset written by tensorflow_datasets",
-                   "copy the file again, or leave the record out with skip_bad")  # fmt: skip
+                   "copy the file again, or leave the record out with --skip-bad")  # fmt: skip
 
 
 def _entry(record: bytes, start: int, stop: int, keys: Container[str] | None, found: dict[str, Feature]) -> None:

@@ -118,7 +118,7 @@ def column(leaf: Leaf, example: dict[str, Feature], record: bytes, n_steps: int,
         if len(stored) != n:
             raise problem(f"{where}: {leaf.key!r} with {len(stored)} values of shape {leaf.shape}",
                           f"{n}, one per {'step' if leaf.in_steps else 'episode'}",
-                          "the record is damaged: copy the dataset again, or leave it out with skip_bad")  # fmt: skip
+                          "the record is damaged: copy the dataset again, or leave it out with --skip-bad")  # fmt: skip
         values = stored
     return values if leaf.in_steps else np.repeat(values, n_steps, axis=0)
 
@@ -140,7 +140,7 @@ def _values(leaf: Leaf, feature: Feature, record: bytes, where: str) -> np.ndarr
     if len(feature.values) % leaf.size:
         raise problem(f"{where}: {leaf.key!r} with {len(feature.values)} values",
                       f"a multiple of {leaf.size}, its shape being {shape}",
-                      "the record is damaged: copy the dataset again, or leave it out with skip_bad")  # fmt: skip
+                      "the record is damaged: copy the dataset again, or leave it out with --skip-bad")  # fmt: skip
     if want != "bytes":
         values = feature.values.reshape(-1, *shape)
         return values.view(np.uint64) if leaf.dtype == "uint64" else values.astype(_numpy(leaf.dtype), copy=False)

@@ -113,7 +113,7 @@ def _read_data(file: BinaryIO, path: Path, index: int, offset: int, length: int)
         return Record(index, offset, b"", _truncated(path, index, start, path.stat().st_size))
     if masked_crc32c(data) != int.from_bytes(footer, "little"):
         fault = problem(f"{path}: record {index} at byte {start}: the CRC of its data does not match", "an undamaged record",
-                        "copy the file again, or leave the record out with skip_bad")  # fmt: skip
+                        "copy the file again, or leave the record out with --skip-bad")  # fmt: skip
         return Record(index, offset, b"", fault)
     return Record(index, offset, data)
 

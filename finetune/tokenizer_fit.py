@@ -13,8 +13,12 @@ import numpy as np
 from vla.files import swap_folder
 from vla.finetune.source import EpisodeSpan
 from vla.normalize import Statistics, action_normalizer
+from vla.progress import Progress
+from vla.tokenizers.fast import FastTokenizer
+from vla.tokenizers.learned import LearnedCodec
+from vla.tokenizers.learned import Progress as Told
 from vla.tokenizers.protocol import ActionTokenizer
-from vla.tokenizers.schemes import SCHEMES, load_tokenizer, scheme_class
+from vla.tokenizers.schemes import SCHEMES, load_tokenizer, read_scheme, scheme_class
 from vla.types import problem
 
 MAX_CHUNKS = 20_000
@@ -60,6 +64,12 @@ def normalized_chunks(
     return np.concatenate(chunks)
 
 
+def takes_physical_units(name: str) -> bool:
+    """Whether a scheme, or that of a folder, encodes recorded numbers as they are: no dimension is normalised then."""
+    scheme = name if name in SCHEMES else read_scheme(Path(name))["scheme"] if Path(name).is_dir() else ""
+    return scheme == "keyboard_mouse"
+
+
 def action_tokenizer(name: str, bins: int, chunks: Callable[[], np.ndarray]) -> ActionTokenizer:
     """The tokenizer of a folder that `vla tokenizer fit` wrote, or one of a scheme, fitted.
 
@@ -69,11 +79,36 @@ def action_tokenizer(name: str, bins: int, chunks: Callable[[], np.ndarray]) -> 
         chunks: called for the normalised chunks (N, H, D) to fit to.
     """
     if name in SCHEMES:
-        return new_tokenizer(name, bins).fit(chunks())
+        return fit_shown(new_tokenizer(name, bins), chunks())
     folder = Path(name)
     if not folder.is_dir() and folder.name != name:
         raise problem(f"no folder {folder}", "the folder of an action tokenizer", "make one with `vla tokenizer fit`")
     return load_tokenizer(folder) if folder.is_dir() else scheme_class(name)
+
+
+def fit_shown(tokenizer: ActionTokenizer, chunks: np.ndarray) -> ActionTokenizer:
+    """Fitted to chunks (N, H, D): a codec that trains shows its progress, FAST says how many coefficients it clips. Of
+    several processes only the first shows anything."""
+    if os.environ.get("RANK", "0") != "0":
+        return tokenizer.fit(chunks)
+    if isinstance(tokenizer, LearnedCodec):
+        with Progress(f"fit {tokenizer.name}", tokenizer.steps) as progress:
+            return tokenizer.fit(chunks, told_to(progress))
+    fitted = tokenizer.fit(chunks)
+    clipped = n_clipped(fitted, chunks)
+    if clipped is not None:
+        print(f"fast: {clipped} of {chunks.size} coefficients of {len(chunks)} training chunks are clipped")
+    return fitted
+
+
+def told_to(progress: Progress) -> Told:
+    """What a codec calls while it trains."""
+    return lambda step, steps, loss: progress.advance(step - progress.done, f"loss {loss:.4f}")
+
+
+def n_clipped(tokenizer: ActionTokenizer, chunks: np.ndarray) -> int | None:
+    """Coefficients of the chunks that FAST has no character for and moves to the nearest; None of any other tokenizer."""
+    return tokenizer.n_outside(chunks) if isinstance(tokenizer, FastTokenizer) and tokenizer.clip else None
 
 
 def save_tokenizer(tokenizer: ActionTokenizer, folder: Path) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from vla.finetune.tokenizer_fit import n_clipped
 from vla.normalize import ActionNormalizer
+from vla.tokenizers.code_length import CodeLength
 from vla.tokenizers.protocol import PAD, ActionTokenizer
 
 BATCH = 256
@@ -40,6 +42,8 @@ class Measured:
     encode_per_s: float
     """Chunks per second, in batches of 256, on one thread of this machine."""
     decode_per_s: float
+    clipped: int | None = None
+    """Coefficients that FAST moved into its alphabet; None of other schemes, and of FAST that refuses such chunks."""
 
     def to_json(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -77,11 +81,12 @@ def measure(
         float(-(share * np.log2(share)).sum() * lengths.mean()),
         len(batch) * _per_second(lambda: tokenizer.encode(batch), seconds),
         len(batch) * _per_second(lambda: tokenizer.decode(rows, horizon, dim), seconds),
+        n_clipped(tokenizer, chunks),
     )  # fmt: skip
 
 
-def plot(rows: Sequence[Measured], title: str) -> bytes:
-    """PNG: error and bits over tokens per chunk, and the speeds."""
+def plot(rows: Sequence[Measured], title: str, code_lengths: Sequence[CodeLength] = ()) -> bytes:
+    """PNG: error and bits over tokens per chunk, with a line for the codes of each learned scheme, and the speeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.8), layout="constrained")
@@ -90,6 +95,14 @@ def plot(rows: Sequence[Measured], title: str) -> bytes:
         for axis, value in ((error, max(row.rms, 1e-7)), (bits, row.bits)):
             axis.scatter(row.tokens_mean, value)
             axis.annotate(row.name, (row.tokens_mean, value), fontsize=8, xytext=(4, 3), textcoords="offset points")
+    for scheme in dict.fromkeys(length.scheme for length in code_lengths):
+        mine = sorted((c.tokens, c.bits, max(c.rms_error, 1e-7)) for c in code_lengths if c.scheme == scheme)
+        tokens, cost, loss = zip(*mine, strict=True)
+        error.plot(tokens, loss, ".-", linewidth=1, label=f"{scheme}, code length")
+        bits.plot(tokens, cost, ".-", linewidth=1, label=f"{scheme}, tokens x log2 symbols")
+    if code_lengths:
+        error.legend(fontsize=8)
+        bits.legend(fontsize=8)
     error.set(yscale="log", xlabel="tokens per chunk", ylabel="RMS error, normalised", title=title)
     bits.set(xlabel="tokens per chunk", ylabel="bits per chunk")
     places, names = np.arange(len(rows)), [row.name for row in rows]

@@ -21,17 +21,23 @@ from rich.console import Console
 from rich.table import Table
 
 from vla.files import write_bytes, write_json
+from vla.finetune.agreement import gripper_index
 from vla.finetune.chunks import holdout_split
 from vla.finetune.open_source import open_source
 from vla.finetune.source import FrameSource
 from vla.finetune.statistics import dataset_statistics
-from vla.finetune.tokenizer_fit import MAX_CHUNKS, normalized_chunks, save_tokenizer
+from vla.finetune.tokenizer_fit import MAX_CHUNKS, fit_shown, normalized_chunks, save_tokenizer, takes_physical_units
 from vla.finetune.tokenizer_measure import Measured, measure, plot
 from vla.normalize import ActionNormalizer, action_normalizer
 from vla.progress import Progress
+from vla.tokenizers.code_length import CodeLength, code_lengths
+from vla.tokenizers.learned import LearnedCodec
 from vla.tokenizers.protocol import ActionTokenizer
 from vla.tokenizers.schemes import SCHEMES, load_tokenizer, scheme_class
 from vla.types import VlaError, problem
+
+CODE_LENGTHS = {"vq": ("codebooks", (1, 2, 4, 7, 14)), "fsq": ("tokens", (2, 4, 8, 16))}
+"""Scheme -> (its setting for the number of tokens, values for --code-lengths)."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,8 @@ class Data:
     horizon: int = 8
     """Actions per chunk."""
     gripper_dim: int | None = -1
-    """Dimension left un-normalised; -1 is the last, None normalises all."""
+    """Dimension left un-normalised; None normalises all. -1: the one called gripper, else the last, if its values lie in
+    [-1, 1]."""
     holdout: float = 0.1
     """Share of the episodes that is measured on and not fitted to; at least one, where there are two."""
     seed: int = 0
@@ -73,8 +80,8 @@ class Schemes:
     """fsq: levels of each number of a token; their product is the number of symbols."""
     fsq_tokens: int = 8
     """fsq: tokens per chunk."""
-    steps: int = 3000
-    """vq, fsq: training steps."""
+    steps: int | None = None
+    """vq, fsq: training steps; None: 500 for vq, 3000 for fsq."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,8 @@ class CompareSettings:
     """PNG to write."""
     json: Path | None = None
     """JSON file to write, with the figures of each dimension."""
+    code_lengths: bool = False
+    """Also fit vq with 1, 2, 4, 7 and 14 tokens and fsq with 2, 4, 8 and 16, and show what each loses."""
 
 
 @dataclass(frozen=True)
@@ -130,11 +139,12 @@ def run_fit(settings: FitSettings) -> Path:
     if settings.out.exists() and not settings.overwrite:
         raise problem(f"{settings.out} exists", "a new folder", "choose another --out, or pass --overwrite")
     scheme_class(settings.scheme)
-    data = read_chunks(settings.source, settings.data)
+    data = read_chunks(settings.source, settings.data, takes_physical_units(settings.scheme))
     tokenizer = fit_scheme(settings.scheme, settings.settings, settings.data.seed, data.fit)
     row = measure(settings.scheme, tokenizer, data.held_out, [(len(data.held_out), data.normalizer)])
     save_tokenizer(tokenizer, settings.out)
     print_rows([row], data)
+    print_clipped([row])
     print(f"action tokenizer: {settings.out}")
     return settings.out
 
@@ -144,7 +154,8 @@ def run_compare(settings: CompareSettings) -> list[Measured]:
     for name in settings.schemes:
         if not Path(name).is_dir():
             scheme_class(name)
-    data = read_chunks(settings.source, settings.data)
+    physical = all(takes_physical_units(name) for name in settings.schemes)
+    data = read_chunks(settings.source, settings.data, physical)
     rows: list[Measured] = []
     left_out: dict[str, str] = {}
     for name in settings.schemes:
@@ -158,24 +169,29 @@ def run_compare(settings: CompareSettings) -> list[Measured]:
         except VlaError as error:
             left_out[name] = str(error)
     print_rows(rows, data)
+    print_clipped(rows)
+    lengths = measure_code_lengths(settings, data) if settings.code_lengths else []
     for name, why in left_out.items():
         print(f"{name} left out: {why}")
     if settings.json is not None:
         value = {"dataset": data.source.name, "chunks": len(data.held_out), "action_names": data.source.action_names,
-                 "settings": asdict(settings), "schemes": [row.to_json() for row in rows], "left_out": left_out}  # fmt: skip
+                 "settings": asdict(settings), "schemes": [row.to_json() for row in rows], "left_out": left_out,
+                 "code_lengths": [asdict(length) for length in lengths]}  # fmt: skip
         write_json(settings.json, value)
         print(f"figures: {settings.json}")
     if settings.plot is not None:
-        write_bytes(settings.plot, plot(rows, data.source.name))
+        write_bytes(settings.plot, plot(rows, data.source.name, lengths))
         print(f"plot: {settings.plot}")
     return rows
 
 
-def read_chunks(text: str, settings: Data) -> Chunks:
-    """The chunks of a dataset, by its own statistics."""
+def read_chunks(text: str, settings: Data, physical: bool = False) -> Chunks:
+    """The chunks of a dataset, by its own statistics; `physical`: as recorded."""
     source = open_source(text)
-    gripper = source.action_dim - 1 if settings.gripper_dim == -1 else settings.gripper_dim
+    gripper = gripper_index(settings.gripper_dim, [source])
     statistics = {source.name: dataset_statistics(source, gripper_dim=gripper)}
+    if physical:
+        statistics[source.name]["action"]["mask"] = [False] * source.action_dim
     n = source.n_episodes
     held = holdout_split(n, min(n - 1, max(1, round(settings.holdout * n))) if settings.holdout else 0, settings.seed)
     rest = frozenset(range(n)) - held
@@ -190,19 +206,56 @@ def read_chunks(text: str, settings: Data) -> Chunks:
 
 def fit_scheme(scheme: str, settings: Schemes, seed: int, chunks: np.ndarray) -> ActionTokenizer:
     """A tokenizer of the scheme, fitted. The learned ones show their progress."""
-    make = scheme_class(scheme)
-    if scheme not in ("vq", "fsq"):
-        options: dict[str, dict[str, Any]] = {
-            "uniform": {"bins": settings.bins}, "quantile": {"bins": settings.bins},
-            # Held-out chunks may have coefficients the fitted ones do not; these go to the nearest that they have.
-            "fast": {"scale": settings.fast_scale, "max_vocab": settings.fast_vocab, "clip": True},
-        }  # fmt: skip
-        return make(**options.get(scheme, {})).fit(chunks)
+    if scheme in CODE_LENGTHS:
+        return fit_shown(new_codec(scheme, settings, seed), chunks)
+    options: dict[str, dict[str, Any]] = {
+        "uniform": {"bins": settings.bins}, "quantile": {"bins": settings.bins},
+        # Held-out chunks may have coefficients the fitted ones do not; these go to the nearest that they have.
+        "fast": {"scale": settings.fast_scale, "max_vocab": settings.fast_vocab, "clip": True},
+    }  # fmt: skip
+    return fit_shown(scheme_class(scheme)(**options.get(scheme, {})), chunks)
+
+
+def new_codec(scheme: str, settings: Schemes, seed: int, **changes: int) -> LearnedCodec:
+    """A vq or fsq codec, not fitted yet."""
     own: dict[str, Any] = {"codebooks": settings.vq_codebooks, "codes": settings.vq_codes}
     if scheme == "fsq":
         own = {"levels": settings.fsq_levels, "tokens": settings.fsq_tokens}
-    with Progress(f"fit {scheme}", settings.steps) as progress:
-        return make(**own, steps=settings.steps, seed=seed).fit(chunks, _shown_in(progress))
+    steps = {} if settings.steps is None else {"steps": settings.steps}
+    return scheme_class(scheme)(**{**own, **steps, **changes}, seed=seed)
+
+
+def measure_code_lengths(settings: CompareSettings, data: Chunks) -> list[CodeLength]:
+    """Fit and show vq and fsq codecs of each of `CODE_LENGTHS`."""
+    codecs = [
+        new_codec(scheme, settings.settings, settings.data.seed, **{name: n})
+        for scheme, (name, lengths) in CODE_LENGTHS.items()
+        for n in lengths
+    ]
+    with Progress("code lengths", sum(codec.steps for codec in codecs)) as progress:
+        before = 0
+
+        def told(codec: LearnedCodec) -> Callable[[int, int, float], None]:
+            nonlocal before
+            start, before = before, before + codec.steps
+            return lambda step, steps, loss: progress.advance(start + step - progress.done, codec.name)
+
+        rows = code_lengths(codecs, data.fit, data.held_out, told)
+    table = Table(
+        "scheme", "settings", "tokens", "bits", "RMS error", "largest", title="Error over code length, held out"
+    )
+    for row in rows:
+        table.add_row(row.scheme, row.settings, str(row.tokens), f"{row.bits:.0f}", f"{row.rms_error:.5f}",
+                      f"{row.max_error:.4f}")  # fmt: skip
+    Console().print(table)
+    return rows
+
+
+def print_clipped(rows: list[Measured]) -> None:
+    """Of FAST: what lay outside its alphabet."""
+    for row in rows:
+        if row.clipped is not None:
+            print(f"{row.name}: {row.clipped} coefficients of the held-out chunks are clipped")
 
 
 def print_rows(rows: list[Measured], data: Chunks) -> None:
@@ -218,10 +271,3 @@ def print_rows(rows: list[Measured], data: Chunks) -> None:
         physical.add_row(row.name, *(f"{value:.3g}" for value in row.rms_physical))
     Console().print(table)
     Console().print(physical)
-
-
-def _shown_in(progress: Progress) -> Callable[[int, int, float], None]:
-    def show(step: int, steps: int, loss: float) -> None:
-        progress.advance(step - progress.done, f"loss {loss:.4f}")
-
-    return show

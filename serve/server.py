@@ -31,7 +31,7 @@ class Settings:
     """Settings of `vla serve`."""
 
     policy: Path
-    """Policy directory."""
+    """Policy directory, or OWNER/NAME of one on the Hub."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for other machines (then set api_key_env)."""
     port: int = 8000

@@ -109,7 +109,9 @@ def test_holdout_by_episode(toy):
     }
     trained = {dataset[int(i)].actions.tobytes() for i in dataset.indices(0, len(dataset))}
     assert not trained & held_actions
-    with pytest.raises(VlaError, match=r"5 held-out episodes of 5; expected 0\.\.4"):
+    with pytest.raises(
+        VlaError, match=r"5 held-out episodes of 5 in 'toy'; expected 0\.\.4; fix: hold out fewer: --holdout-episodes"
+    ):
         ChunkDataset([("a", toy)], 2, holdout_episodes=5)
 
 

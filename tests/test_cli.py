@@ -72,7 +72,18 @@ def test_our_own_bugs_keep_their_traceback(fake_program: list[Settings]) -> None
 
 def test_an_interrupt_says_how_to_continue(fake_program: list[Settings], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["fake", "--fail", "interrupt"]) == 130
-    assert "run the same command again" in capsys.readouterr().err
+    assert "interrupted; to continue, run the same command again" in capsys.readouterr().err
+
+
+def test_a_program_that_begins_anew_does_not_promise_to_continue(
+    fake_program: list[Settings], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cli.PROGRAMS, "fake", cli.Program("fake_program", "does nothing", begins_anew=True))
+    assert cli.main(["fake", "--fail", "interrupt"]) == 130
+    assert capsys.readouterr().err == "\ninterrupted; run the same command again\n"
+    anew = {name for name, program in cli.PROGRAMS.items() if program.begins_anew}
+    assert {"tokenizer fit", "data check"} <= anew
+    assert not anew & {"data convert", "data filter", "data collect", "finetune", "rl", "eval", "demo", "pretrain"}
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from episodes import WRITER, make_episode
-from test_lerobot_reader import IMAGE, VIDEO, tree_hash
+from test_hdf5_reader import change
+from test_hdf5_reader import write as write_hdf5
+from test_lerobot_reader import FIXTURES, IMAGE, VIDEO, tree_hash
 
 from vla.finetune.data_check import Settings as CheckSettings
 from vla.finetune.data_check import run as run_check
 from vla.finetune.data_convert import Settings as ConvertSettings
 from vla.finetune.data_convert import run as convert
+from vla.finetune.data_filter import Settings as FilterSettings
+from vla.finetune.data_filter import run as run_filter
 from vla.finetune.data_inspect import Settings as InspectSettings
 from vla.finetune.data_inspect import run as run_inspect
 from vla.finetune.data_program import CollectSettings, StatsSettings, run_collect, run_stats
@@ -171,7 +175,7 @@ def test_stats(toy, tmp_path, capsys):
     for settings, message in (
         (StatsSettings((toy, IMAGE)), "2 datasets and no --out"),
         (StatsSettings((toy,), gripper="hand"), "gripper 'hand'; expected one of dx, dy, gripper"),
-        (StatsSettings((toy, toy), tmp_path / "x.json"), "datasets named toy, toy"),
+        (StatsSettings((toy, toy), tmp_path / "x.json"), "two datasets called 'toy'"),
     ):
         with pytest.raises(VlaError, match=message):
             run_stats(settings)
@@ -182,3 +186,85 @@ def test_collect_through_the_program(tmp_path):
     result = run_collect(CollectSettings(tmp_path / "d", episodes_per_task=1), FakeSuite())
     assert (result.n_episodes, result.n_new) == (2, 2)
     assert texts(tmp_path / "d") == []
+
+
+def test_stats_of_any_format(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VLA_CACHE", str(tmp_path / "index"))
+    hdf5 = write_hdf5(tmp_path / "suite/open_the_drawer_demo.hdf5")
+    convert(ConvertSettings(str(toy), "cache", tmp_path / "cache"))
+    expected = run_stats(StatsSettings((str(toy),)))
+    value = run_stats(StatsSettings((str(tmp_path / "cache"),)))
+    assert value == expected and read_statistics(tmp_path / "cache") == value
+    rlds = FIXTURES / "rlds/tiny_arm"
+    value = run_stats(StatsSettings((str(rlds), str(hdf5.parent)), tmp_path / "both.json"))
+    assert sorted(value) == ["suite", "tiny_arm"] and value["suite"]["num_transitions"] == 18
+    for data in (rlds, hdf5, hdf5.parent):
+        with pytest.raises(VlaError, match=r"no --out; expected a file to write; fix: pass --out"):
+            run_stats(StatsSettings((str(data),)))
+        assert not list(Path(data).rglob("dataset_statistics.json"))
+
+
+def found(data: Path | str, capsys, **options) -> list[dict]:
+    """The findings that `vla data check --json` prints."""
+    capsys.readouterr()
+    try:
+        run_check(CheckSettings(str(data), json=True, **options))
+    except VlaError:
+        pass
+    return json.loads(capsys.readouterr().out)["findings"]
+
+
+def test_what_check_finds_filter_drops(toy, tmp_path, capsys):
+    def nan(values):
+        values[1][2] = float("nan")
+
+    def damage(values):
+        values[0]["bytes"] = b"no image"
+
+    edit(toy, 1, "action", nan)
+    edit(toy, 2, "observation.images.front", damage)
+    findings = found(toy, capsys)
+    assert sorted(f["episodes"] for f in findings if f["level"] == "error") == [[1], [2]]
+    assert not any("object at 0x" in f["text"] for f in findings)
+    assert any("row 0: not of a known kind, or cut short; expected a PNG or JPEG image" in f["text"] for f in findings)
+    (tmp_path / "found.json").write_text(json.dumps({"findings": findings}))
+    kept = run_filter(FilterSettings(str(toy), tmp_path / "out", drop_found=tmp_path / "found.json")).kept
+    assert kept == [0] and found(tmp_path / "out", capsys, content=False) == []
+
+
+def test_every_finding_about_episodes_names_them(toy, capsys):
+    def late(values):
+        values[3] += 0.02
+
+    def other(values):
+        values[0] = 7
+
+    edit(toy, 0, "timestamp", late)
+    edit(toy, 1, "task_index", other)
+    edit(toy, 2, "frame_index", other)
+    assert {f["text"].split(":")[0]: f["episodes"] for f in found(toy, capsys)} == {
+        "episode 0": [0], "task_index 7 is used but meta/tasks.parquet does not have it": [1], "episode 2": [2],
+    }  # fmt: skip
+    path = toy / "data/chunk-000/file-002.parquet"
+    path.write_bytes(path.read_bytes()[:2000])
+    assert [f["episodes"] for f in found(toy, capsys) if "file-002" in f["text"]] == [[2]]
+
+
+def test_check_of_hdf5_goes_on_after_a_nan(tmp_path, capsys):
+    file = write_hdf5(tmp_path / "open_the_drawer_demo.hdf5", {"demo_0": 5, "demo_1": 0, "demo_2": 4})
+    actions = np.zeros((5, 7))
+    actions[3, 2] = np.nan
+    change(file, "data/demo_0/actions", actions)
+    change(file, "data/demo_2/obs/ee_states", np.full((4, 6), np.inf))
+    findings = found(file, capsys)
+    errors = [f["text"] for f in findings if f["level"] == "error"]
+    assert len(errors) == 2 and "demo_0/actions: nan at step 3, dimension 2" in errors[0] and "inf" in errors[1]
+    assert [f["text"] for f in findings if f["level"] == "warning"] == [f"{file}: demo_1 has no step: it is left out"]
+
+
+def test_inspect_names_empty_demonstrations_and_refuses_negative_samples(tmp_path, capsys):
+    file = write_hdf5(tmp_path / "open_the_drawer_demo.hdf5", {"demo_0": 5, "demo_1": 0})
+    run_inspect(InspectSettings(str(file)))
+    assert "1 demonstrations without a step left out: " in capsys.readouterr().out
+    with pytest.raises(VlaError, match="samples -3; expected 0 or more"):
+        run_inspect(InspectSettings(str(file), tmp_path / "a.html", samples=-3))

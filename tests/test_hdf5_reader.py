@@ -250,3 +250,9 @@ def test_unknown_camera_frame_and_episode(demos):
         reader.images(18)
     with pytest.raises(VlaError, match=r"episode 4; expected 0\.\.3"):
         reader.episode(4)
+
+
+def test_the_name_of_a_folder_with_a_dot(tmp_path):
+    write(tmp_path / "goal.v1" / "open_the_drawer_demo.hdf5")
+    assert Hdf5Reader(tmp_path / "goal.v1").name == "goal.v1"
+    assert Hdf5Reader(tmp_path / "goal.v1/open_the_drawer_demo.hdf5").name == "open_the_drawer_demo"

@@ -123,11 +123,13 @@ def test_bad_input_is_refused() -> None:
 
 
 def test_character_ids() -> None:
-    assert character_ids(lambda text: [100 + CHARACTERS.index(c) for c in text]) == list(range(100, 112))
-    with pytest.raises(VlaError, match="6 tokens for .*writes digits one by one"):
-        character_ids(lambda text: [len(word) for word in text.split()])
-    with pytest.raises(VlaError, match="one for each character"):  # as many tokens, but the same one for all
-        character_ids(lambda text: [7 for _ in text])
+    digits = {digit: 100 + i for i, digit in enumerate("0123456789")}
+    for space, newline in (("\u2581", "<0x0A>"), ("\u2581", "\n"), ("\u0120", "\u010a"), (" ", "\n")):
+        vocabulary = {"12": 5, newline: 111, **digits, space: 110, "the": 6}
+        assert character_ids(vocabulary) == list(range(100, 112)) and len(CHARACTERS) == 12
+    del digits["3"]
+    with pytest.raises(VlaError, match=r"no single token for '3', ' ', '\\n'; expected .*another action-token scheme"):
+        character_ids(digits)
 
 
 def test_save_and_load(tmp_path: Path) -> None:

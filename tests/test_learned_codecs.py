@@ -1,4 +1,4 @@
-"""Residual VQ and FSQ, trained for a few steps on smooth chunks. What they cannot promise (a bound, idempotence) is said in
+"""Residual VQ and FSQ, trained for a few steps on smooth chunks. What they cannot promise (a bound on the error) is said in
 `vla.tokenizers.learned`; what they do promise is tested here."""
 
 import json
@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from vla.tokenizers.code_length import code_lengths
 from vla.tokenizers.fsq import FsqTokenizer, squeeze_constants
 from vla.tokenizers.fsq_training import ScalarGrid
-from vla.tokenizers.learned import LearnedCodec, code_lengths
+from vla.tokenizers.learned import LearnedCodec
 from vla.tokenizers.protocol import PAD, ActionEncodeError
 from vla.tokenizers.schemes import load_tokenizer
 from vla.tokenizers.vq import VqTokenizer
@@ -109,26 +110,77 @@ def test_the_grid_of_fsq(levels: tuple[int, ...]) -> None:
     assert points.min() >= -1 and points.max() <= 1
     half, offset, shift = squeeze_constants(levels)
     latents = np.arctanh((points * (np.array(levels) // 2) + offset) / half) - shift
-    np.testing.assert_array_equal(codec.quantise(latents), every)
+    np.testing.assert_array_equal(codec.candidates(latents)[:, 0], every)
     noise = np.random.default_rng(0).normal(0, 2, (500, len(levels))).astype(np.float32)
     trained, loss = ScalarGrid(levels, squeeze_constants(levels)).quantise(torch.from_numpy(noise))
-    np.testing.assert_allclose(codec.dequantise(codec.quantise(noise)), trained.numpy(), atol=1e-6)
+    np.testing.assert_allclose(codec.dequantise(codec.candidates(noise)[:, 0]), trained.numpy(), atol=1e-6)
     assert loss == 0
 
 
 def test_residual_codes_by_hand() -> None:
     books = np.array([[[0, 0], [10, 0]], [[0, 0], [1, 1]]], np.float32)
     codec = VqTokenizer(codebooks=2, codes=2, latents=2, weights={"codebooks": books})
-    symbols = codec.quantise(np.array([[0.2, 0.1], [11, 1.2], [9, 0.2], [0.6, 0.7]], np.float32))
-    assert symbols.tolist() == [[0, 0], [1, 1], [1, 0], [0, 1]]
-    assert codec.dequantise(symbols).tolist() == [[0, 0], [11, 1], [10, 0], [1, 1]]
+    found = codec.candidates(np.array([[0.2, 0.1], [11, 1.2], [9, 0.2], [0.6, 0.7]], np.float32))
+    assert found.shape == (4, 4, 2), "all codes: fewer than the beam is wide"
+    assert found[:, 0].tolist() == [[0, 0], [1, 1], [1, 0], [0, 1]] and found[0].tolist()[1] == [0, 1]
+    assert codec.dequantise(found[:, 0]).tolist() == [[0, 0], [11, 1], [10, 0], [1, 1]]
+
+
+def test_a_beam_finds_what_nearest_codes_miss() -> None:
+    """4.9 is nearest to 0, but 10 - 5 is nearer than 0 + 3."""
+    books = np.array([[[0.0], [10.0]], [[3.0], [-5.0]]], np.float32)
+    codec = VqTokenizer(codebooks=2, codes=2, latents=1, weights={"codebooks": books})
+    assert codec.candidates(np.array([[4.9]], np.float32))[0].tolist() == [[1, 1], [0, 0], [1, 0], [0, 1]]
+
+
+def test_neighbours_are_codes_with_one_number_a_level_off() -> None:
+    codec = FsqTokenizer(levels=(3, 4), tokens=2)
+    near = codec.neighbours(np.array([[0, 11]]))[0]
+    assert near.shape == (9, 2) and near[0].tolist() == [0, 11] and len(np.unique(near, axis=0)) == 9
+    digits = np.stack([near % 3, near // 3], axis=2).reshape(9, 4)
+    assert sorted(map(tuple, digits[1:].tolist())) == sorted(
+        [(1, 0, 2, 3), (2, 0, 2, 3), (0, 1, 2, 3), (0, 3, 2, 3), (0, 0, 0, 3), (0, 0, 1, 3), (0, 0, 2, 0), (0, 0, 2, 2)]
+    )
+
+
+class Circling(FsqTokenizer):
+    """Codes of one number: 0 is found again from itself; 1 leads to 2, 2 to 3, 3 to 1; 4 leads to 3."""
+
+    def _search(self, values: np.ndarray) -> np.ndarray:
+        return np.array([0, 2, 3, 1, 3])[values.round().astype(int)][:, None]
+
+    def _flat(self, symbols: np.ndarray) -> np.ndarray:
+        return symbols.astype(np.float32)
+
+
+def test_walks_that_end_in_a_circle_have_one_answer() -> None:
+    codec = Circling(levels=(5,), tokens=1, horizon=1, dim=1, weights={"some": np.zeros(1)})
+    assert codec.encode(np.arange(5.0).reshape(5, 1, 1)).tolist() == [[0], [1], [1], [1], [1]]
+
+
+def test_decoded_chunks_are_encoded_to_what_they_came_from(codec: LearnedCodec) -> None:
+    wild = np.random.default_rng(0).uniform(-2, 2, (100, H, D))
+    for data in (HELD_OUT, wild):
+        symbols = codec.encode(data)
+        np.testing.assert_array_equal(codec.encode(codec.decode(symbols, H, D)[0]), symbols)
+
+
+def test_training_begins_with_principal_components() -> None:
+    """Before anything is learned, latents and chunks are rotations of each other."""
+    codec = VqTokenizer(codebooks=1, codes=4, latents=16, steps=1, learning_rate=1e-12).fit(DATA)
+    w = codec.weights
+    latents = DATA.reshape(len(DATA), -1) @ w["encoder.linear.weight"] + w["encoder.linear.bias"]
+    size = latents.std(axis=0)
+    assert np.abs(latents.mean(axis=0)).max() < 1e-5 and (np.diff(size) < 1e-5).all() and (size[H * D :] < 1e-5).all()
+    back = latents @ w["decoder.linear.weight"] + w["decoder.linear.bias"]
+    np.testing.assert_allclose(back, DATA.reshape(len(DATA), -1), atol=1e-3)
 
 
 def test_error_falls_with_code_length() -> None:
     table = code_lengths([VqTokenizer(codebooks=k, codes=16, latents=8, **QUICK) for k in (1, 4)], DATA, HELD_OUT)
     assert [row.tokens for row in table] == [1, 4] and [row.bits for row in table] == [4, 16]
     assert table[1].rms_error < 0.8 * table[0].rms_error
-    assert table[0].settings == 'vq {"codebooks": 1, "codes": 16, "latents": 8}'
+    assert (table[0].scheme, table[0].settings) == ("vq", '{"codebooks": 1, "codes": 16, "latents": 8}')
 
 
 def test_bad_input_is_refused(codec: LearnedCodec) -> None:

@@ -1,5 +1,6 @@
 """Every format is found by what its folder holds, and everything else is refused with a list of what was looked for."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,7 @@ def test_open_x_embodiment_names_pick_their_rule(tmp_path):
 
 def test_hub_addresses(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(hub, "open_hub", lambda text, name=None: asked.append((text, name)))
+    monkeypatch.setattr(hub, "open_hub", lambda text, name=None, skip_bad=False: asked.append((text, name)))
     monkeypatch.chdir(tmp_path)
     for text in ("lerobot/libero_10_image", "a/b@v3.0", "hf://datasets/a/b/folder"):
         open_source(text, name="n")
@@ -83,7 +84,7 @@ def test_hub_addresses(monkeypatch, tmp_path):
     with pytest.raises(VlaError, match="#split=train of hf://datasets/a/b"):
         open_source("hf://datasets/a/b#split=train")
 
-    def refuse(text: str, name: str | None = None) -> None:
+    def refuse(text: str, name: str | None = None, skip_bad: bool = False) -> None:
         raise VlaError("no such dataset")
 
     monkeypatch.setattr(hub, "open_hub", refuse)
@@ -138,3 +139,15 @@ def test_named_mixtures(tmp_path):
         (tmp_path / name / "data").symlink_to(FIXTURES / "lerobot_v3_image" / "data")
     sources, weights = open_sources([f"oxe:bridge_rt_1@{tmp_path}", str(RLDS)], (1, 3))
     assert [s.name for s in sources] == ["bridge_orig", "fractal20220817_data", "tiny_arm"] and weights == [1, 1, 3]
+
+
+def test_a_number_sign_in_a_path(tmp_path):
+    folder = shutil.copytree(FIXTURES / "lerobot_v3_image", tmp_path / "run#3/data")
+    assert open_source(folder).name == "data"
+    rlds = shutil.copytree(RLDS, tmp_path / "run#4/tiny_arm")
+    whole, half = open_source(rlds), open_source(f"{rlds}#split=train[:50%]")
+    assert 0 < half.n_episodes < whole.n_episodes
+    with pytest.raises(VlaError, match=r"no .*run#5"):
+        open_source(tmp_path / "run#5")
+    with pytest.raises(VlaError, match="correct what follows the #"):
+        open_source(f"{rlds}#split:train")

@@ -261,14 +261,15 @@ def flip(path: Path, at: int, bit: int = 1) -> None:
     path.write_bytes(content)
 
 
-def test_bad_crc_of_data(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_crc_of_data(tiny: Path) -> None:
     flip(shard(tiny, 1), list(read_records(shard(tiny, 1)))[1].offset + 50)
-    with pytest.raises(VlaError, match=r"00001-of-00003: record 1 at byte \d+: the CRC of its data .*fix: .*skip_bad"):
+    with pytest.raises(
+        VlaError, match=r"00001-of-00003: record 1 at byte \d+: the CRC of its data .*fix: .*--skip-bad"
+    ):
         RldsReader(tiny)
     reader = RldsReader(tiny, skip_bad=True)
     assert reader.n_episodes == 6
     assert [(Path(bad.file).name[-14:], bad.record) for bad in reader.bad] == [("00001-of-00003", 1)]
-    assert "1 records left out; first: " in capsys.readouterr().err
     assert [int(reader.raw_episode(e)["episode_metadata/episode_id"][0]) for e in range(6)] == [6, 5, 4, 3, 1, 2]
 
 
@@ -304,6 +305,7 @@ def test_missing_shard(tiny: Path) -> None:
         RldsReader(tiny)
     reader = RldsReader(tiny, skip_bad=True)
     assert reader.n_episodes == 5 and "No such file" in reader.bad[0].why
+    assert [bad.record for bad in reader.bad] == [0, 1]
     for number in (1, 2):
         shard(tiny, number).unlink()
     with pytest.raises(VlaError, match="without one usable episode .*No such file"):

@@ -192,7 +192,7 @@ def test_unknown_fields_are_passed_over_and_a_later_entry_holds() -> None:
 )
 def test_damaged_example_names_place(record: bytes) -> None:
     with pytest.raises(
-        VlaError, match=r"shard 3: no tf\.train\.Example, byte \d+ of it is damaged; expected .*skip_bad"
+        VlaError, match=r"shard 3: no tf\.train\.Example, byte \d+ of it is damaged; expected .*--skip-bad"
     ):
         parse_example(record, "shard 3")
 

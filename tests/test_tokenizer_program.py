@@ -67,6 +67,32 @@ def test_compare_shows_every_scheme_and_names_what_cannot(
     assert (tmp_path / "c.png").stat().st_size > 10_000
 
 
+def test_code_lengths(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Longer codes lose less; both the table and the files have them."""
+    command = [
+        "tokenizer",
+        "compare",
+        str(data),
+        "--schemes",
+        "fast",
+        "--steps",
+        "20",
+        "--horizon",
+        "4",
+        "--code-lengths",
+    ]
+    files = ["--json", str(tmp_path / "c.json"), "--plot", str(tmp_path / "c.png"), "--gripper-dim", "None"]
+    assert cli.main([*command, *files, "--vq-codes", "8"]) == 0
+    said = capsys.readouterr()
+    assert "Error over code length" in said.out and "code lengths: 180/180" in said.err
+    assert "fast: " in said.out and "coefficients of the held-out chunks are clipped" in said.out
+    found = json.loads((tmp_path / "c.json").read_text())
+    lengths = {(row["scheme"], row["tokens"]): row for row in found["code_lengths"]}
+    assert list(lengths) == [*(("vq", n) for n in (1, 2, 4, 7, 14)), *(("fsq", n) for n in (2, 4, 8, 16))]
+    assert lengths["vq", 4]["bits"] == 12 and lengths["vq", 7]["rms_error"] < lengths["vq", 1]["rms_error"]
+    assert found["schemes"][0]["clipped"] >= 0 and (tmp_path / "c.png").stat().st_size > 10_000
+
+
 def test_the_figures_by_hand() -> None:
     """Two values, half of each: 1 bit a token, 2 tokens a chunk; errors of 0.5 and, in the data's units, 5."""
     tokenizer = UniformTokenizer(3)  # edges -1, 0, 1; values -0.5 and 0.5

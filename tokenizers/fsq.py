@@ -23,6 +23,7 @@ class FsqTokenizer(LearnedCodec):
     """`tokens` symbols a chunk."""
 
     name: ClassVar[str] = "fsq"
+    whiten: ClassVar[bool] = True
 
     levels: tuple[int, ...] = (8, 5, 5, 5)
     tokens: int = 8
@@ -47,16 +48,27 @@ class FsqTokenizer(LearnedCodec):
     def n_latents(self) -> int:
         return self.tokens * len(self.levels)
 
-    def quantise(self, latents: np.ndarray) -> np.ndarray:
+    def candidates(self, latents: np.ndarray) -> np.ndarray:
+        """Every number rounded to the nearest level, and the neighbours of that code."""
         half, offset, shift = squeeze_constants(self.levels)
         numbers = latents.reshape(len(latents), self.tokens, len(self.levels)).astype(np.float64)
         rounded = np.rint(np.tanh(numbers + shift) * half - offset)
-        return ((rounded + np.array(self.levels) // 2) @ self._basis).astype(np.int64)
+        return self.neighbours(((rounded + np.array(self.levels) // 2) @ self._basis).astype(np.int64))
+
+    def neighbours(self, symbols: np.ndarray) -> np.ndarray:
+        """Each, and all codes with one of its numbers a level higher or lower; beyond the last comes the first."""
+        one = np.eye(self.n_latents, dtype=np.int64)
+        steps = np.concatenate([0 * one[:1], -one, one]).reshape(-1, self.tokens, len(self.levels))
+        return (self._digits(symbols)[:, None] + steps) % np.array(self.levels) @ self._basis
 
     def dequantise(self, symbols: np.ndarray) -> np.ndarray:
         widths = np.array(self.levels) // 2
-        digits = symbols[..., None] // self._basis % np.array(self.levels)
-        return ((digits - widths) / widths).astype(np.float32).reshape(len(symbols), self.n_latents)
+        numbers = ((self._digits(symbols) - widths) / widths).astype(np.float32)
+        return numbers.reshape(*symbols.shape[:-1], self.n_latents)
+
+    def _digits(self, symbols: np.ndarray) -> np.ndarray:
+        """Symbols (..., tokens) -> int64 (..., tokens, numbers), each from 0."""
+        return symbols[..., None] // self._basis % np.array(self.levels)
 
     def trainable(self, latents: Any) -> Any:
         from vla.tokenizers.fsq_training import ScalarGrid

@@ -11,7 +11,7 @@ A row is the characters and then a newline: without a mark for its end, "1" coul
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -26,6 +26,9 @@ from vla.types import problem
 CHARACTERS = "0123456789 \n"
 """Symbol -> character."""
 SPACE, END = 10, 11
+SPELLINGS = {" ": ("\u2581", "\u0120", " "), "\n": ("\n", "<0x0A>", "\u010a")}
+"""Character -> how vocabularies write it: SentencePiece, bytes as GPT-2 (each space as \u0120), plain; a newline plain, as
+a byte of SentencePiece, as GPT-2."""
 
 
 @dataclass(frozen=True)
@@ -156,20 +159,22 @@ class IntegerGrammar:
         return finished * (self.highest + 2) + 10 * max(value - 1, 0) + symbol + 1
 
 
-def character_ids(encode: Callable[[str], list[int]]) -> list[int]:
-    """The model's ids of the symbols, for `Placement.reserved`.
+def character_ids(vocabulary: Mapping[str, int]) -> list[int]:
+    """The model's ids of the symbols, for `Placement.reserved`: its tokens of a single character.
+
+    Text with numbers may be cut differently (numbers of several digits are one token in many vocabularies; Qwen's and
+    Llama-2's write digits one by one): actions are ids from end to end, and never go through text.
 
     Args:
-        encode: text -> ids, without special tokens: `lambda t: tokenizer(t, add_special_tokens=False).input_ids`.
+        vocabulary: token -> id, as `tokenizer.get_vocab()` of Hugging Face gives it.
 
     Raises:
-        VlaError: a tokenizer that does not give every character of such a text its own token (numbers of several
-            digits are one token in many vocabularies; Qwen's and Llama-2's split them).
+        VlaError: characters without a token of their own.
     """
-    sample = "0 12 345 678 9 1000\n"
-    ids = encode(sample)
-    of = dict(zip(sample, ids, strict=False))
-    if len(ids) != len(sample) or [of[character] for character in sample] != ids or len(set(of.values())) != len(of):
-        raise problem(f"{len(ids)} tokens for {sample!r}", f"{len(sample)}, one for each character",
-                      "use a model whose tokenizer writes digits one by one, or another action-token scheme")  # fmt: skip
-    return [of[character] for character in CHARACTERS]
+    found = {c: next((vocabulary[s] for s in SPELLINGS.get(c, (c,)) if s in vocabulary), None) for c in CHARACTERS}
+    missing = [character for character, id_ in found.items() if id_ is None]
+    if missing:
+        raise problem(f"no single token for {', '.join(map(repr, missing))}",
+                      "a token for each digit, the space and the newline",
+                      "use a model whose tokenizer has them, or another action-token scheme or placement")  # fmt: skip
+    return [id_ for id_ in found.values() if id_ is not None]

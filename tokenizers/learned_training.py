@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -35,61 +36,91 @@ def train(
     batch: int,
     learning_rate: float,
     seed: int,
-    warm_up: int,
+    whiten: bool,
     progress: Callable[[int, int, float], None] | None,
 ) -> dict[str, np.ndarray]:
-    """Fit the two networks and the quantiser to float32 (N, H * D); the weights that numpy uses.
+    """Fit both sides and the quantiser to float32 (N, H * D); the weights that numpy uses.
 
-    Loss: mean absolute error, and the quantiser's own. torch's global random state is left as it was.
+    Loss: mean squared error, and the quantiser's own. The rate rises over a tenth of the steps and falls along a cosine.
+    torch's global random state is left as it was.
 
     Args:
-        shapes: of the networks' weights, by name.
-        make_quantiser: from the encoder's latents of some chunks, up to 4096, when the warm-up is over.
-        warm_up: steps at the start in which the latents are not quantised.
+        shapes: of the two sides' weights, by name.
+        make_quantiser: from the first latents of some chunks, up to 4096.
+        whiten: give the first latents variance 1.
     """
     chunks = torch.from_numpy(data)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
-        sides = {side: _network(shapes, side) for side in ("encoder", "decoder")}
+        encoder, decoder = Side(shapes, "encoder"), Side(shapes, "decoder")
+        _begin_with_components(encoder, decoder, chunks, whiten)
         draws = _batches(len(chunks), batch, seed)
-        quantiser: Quantiser | None = None
-        parameters = [p for network in sides.values() for p in network.parameters()]
+        with torch.no_grad():
+            quantiser = make_quantiser(encoder(chunks[torch.randperm(len(chunks))[:4096]]))
+        parameters = [*encoder.parameters(), *decoder.parameters()]
         optimizer = torch.optim.Adam(parameters, learning_rate)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
         for step in range(1, steps + 1):
-            if step > warm_up and quantiser is None:
-                with torch.no_grad():
-                    quantiser = make_quantiser(sides["encoder"](chunks[torch.randperm(len(chunks))[:4096]]))
             drawn = chunks[next(draws)]
-            latents, own_loss = sides["encoder"](drawn), torch.zeros(())
-            if quantiser is not None:
-                latents, own_loss = quantiser.quantise(latents)
-            loss = (sides["decoder"](latents) - drawn).abs().mean() + own_loss
+            latents, own_loss = quantiser.quantise(encoder(drawn))
+            loss = ((decoder(latents) - drawn) ** 2).mean() + own_loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            if quantiser is not None:
-                quantiser.after_step()
+            quantiser.after_step()
             if progress is not None and (step % 50 == 0 or step == steps):
                 progress(step, steps, loss.item())
-    assert quantiser is not None, "warm_up must be less than steps"
-    weights = {name: _weight(sides, name) for name in shapes} | quantiser.weights()
+    weights = encoder.named() | decoder.named() | quantiser.weights()
     return {name: np.ascontiguousarray(w.detach().numpy(), np.float32) for name, w in weights.items()}
 
 
-def _network(shapes: Shapes, side: str) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for i in range(3):
-        inputs, outputs = shapes[f"{side}.{i}.weight"]
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+class Side(nn.Module):
+    """linear(x) + network(x); the network begins at 0."""
+
+    def __init__(self, shapes: Shapes, side: str) -> None:
+        super().__init__()
+        self.side = side
+        layers = []
+        for name in ("linear", "0", "1", "2"):
+            inputs, outputs = shapes[f"{side}.{name}.weight"]
+            layers.append(nn.Linear(inputs, outputs))
+        self.linear, first, second, last = layers
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.network = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) + self.network(x)
+
+    def named(self) -> dict[str, torch.Tensor]:
+        """Weights as numpy uses them: (inputs, outputs)."""
+        layers = {"linear": self.linear, **{str(i): self.network[2 * i] for i in range(3)}}
+        found = {}
+        for name, layer in layers.items():
+            assert isinstance(layer, nn.Linear)
+            found[f"{self.side}.{name}.weight"], found[f"{self.side}.{name}.bias"] = layer.weight.T, layer.bias
+        return found
 
 
-def _weight(sides: dict[str, nn.Sequential], name: str) -> torch.Tensor:
-    side, i, kind = name.split(".")
-    value = getattr(sides[side][2 * int(i)], kind)
-    return value.T if kind == "weight" else value
+@torch.no_grad()
+def _begin_with_components(encoder: Side, decoder: Side, chunks: torch.Tensor, whiten: bool) -> None:
+    """The latents become the chunks' principal components, largest first; those without variance, and beyond, 0."""
+    mean = chunks.double().mean(dim=0)
+    centred = chunks.double() - mean
+    variance, axes = torch.linalg.eigh(centred.T @ centred / len(chunks))
+    n = min(encoder.linear.out_features, int((variance > 1e-8).sum()))
+    axes, size = axes.flip(1)[:, :n], variance.flip(0)[:n].sqrt() if whiten else torch.ones(n).double()
+    encoder.linear.weight.zero_()[:n] = (axes / size).T
+    decoder.linear.weight.zero_()[:, :n] = axes * size
+    encoder.linear.bias.copy_(-(encoder.linear.weight.double() @ mean))
+    decoder.linear.bias.copy_(mean)
+
+
+def _rate(step: int, steps: int) -> float:
+    """Of the peak learning rate, at step 0 .. steps."""
+    rise = max(1, steps // 10)
+    return (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
 def _batches(n: int, batch: int, seed: int) -> Iterator[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Action tokens into a model's vocabulary, LoRA onto its layers.
+"""Action tokens into a model's vocabulary, LoRA or one of its kin onto its layers.
 
 Order matters and is stored with the policy: add tokens, resize the embedding, then attach the adapter. An adapter with
 trained token rows cannot be loaded onto an embedding that was not resized first.
@@ -15,12 +15,21 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from vla.backbone import Backbone
+from vla.fold_norms import unfold_norms
+from vla.kbit import is_packed, packed_numel, quantize_linears
+from vla.token_rows import lean_token_rows
+from vla.tokenizers.integer_text import character_ids
 from vla.tokenizers.placement import Placement
 from vla.types import problem
 
-PlacementKind = Literal["tail", "reserved", "added"]
+PlacementKind = Literal["tail", "reserved", "added", "text"]
+"""text: the model's own digits, for the scheme integer_text; saved as `reserved`."""
 AddedInit = Literal["mean", "numbers"]
+Method = Literal["lora", "qlora", "dora", "rslora", "full"]
+"""How weights train: low-rank additions (Hu et al., arXiv 2106.09685), the same on a base in 4 bits (2305.14314), with the
+magnitude of each column apart (2402.09353), scaled by alpha / sqrt(r) instead of alpha / r (2312.03732), or themselves."""
 PARTS = ("llm", "projector", "vision")
+ALL_PARTS = "all"
 
 
 def place_actions(
@@ -44,6 +53,12 @@ def place_actions(
             special_ids=special, skip=skip,
         )  # fmt: skip
         return placement, 0
+    if kind == "text":
+        ids = character_ids(tokenizer.get_vocab())
+        if n != len(ids):
+            raise problem(f"{n} symbols with placement 'text'", f"the {len(ids)} characters of integer_text",
+                          "pass --tokenizer integer_text, or another placement")  # fmt: skip
+        return Placement.reserved(ids, model_vocab_size=backbone.n_embeddings, special_ids=special), 0
     if kind == "reserved":
         ids = reserved_ids(tokenizer)
         if len(ids) < n:
@@ -68,7 +83,7 @@ def add_action_tokens(backbone: Backbone, n: int, init: AddedInit) -> int:
     """
     tokenizer, model = backbone.processor.tokenizer, backbone.model
     first, old_rows = len(tokenizer), backbone.n_embeddings
-    rows = [_number_ids(tokenizer, n)] if init == "numbers" else [list(range(min(first, old_rows)))]
+    rows = [number_ids(tokenizer, n)] if init == "numbers" else [list(range(min(first, old_rows)))]
     tokenizer.add_tokens([f"<act_{i}>" for i in range(n)])
     if first + n > old_rows:
         model.resize_token_embeddings(first + n, mean_resizing=False)
@@ -81,7 +96,7 @@ def add_action_tokens(backbone: Backbone, n: int, init: AddedInit) -> int:
     return first
 
 
-def _number_ids(tokenizer: Any, n: int) -> list[int]:
+def number_ids(tokenizer: Any, n: int) -> list[int]:
     ids = []
     for symbol in range(n):
         encoded = tokenizer.encode(str(round(255 * symbol / (n - 1))), add_special_tokens=False)
@@ -103,25 +118,88 @@ def part_of(module_name: str) -> str:
 
 def lora_targets(model: nn.Module, parts: Collection[str]) -> list[str]:
     """Full names of the linear layers in the chosen parts; never the output head, nor layers the model does not run."""
-    unknown = sorted(set(parts) - set(PARTS))
-    if unknown or not parts:
-        raise problem(f"LoRA parts {sorted(parts)}", f"some of {', '.join(PARTS)}", "correct --lora-parts")
-    idle: tuple[str, ...] = getattr(model, "idle_modules", ())  # OpenVLA's: weights that are only carried along
+    chosen, idle = chosen_parts(parts), _idle_modules(model)
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not name.endswith("lm_head") and part_of(name) in parts
+        if isinstance(module, nn.Linear) and not name.endswith("lm_head") and part_of(name) in chosen
         and not name.startswith(idle)
     ]  # fmt: skip
 
 
+def chosen_parts(parts: Collection[str]) -> tuple[str, ...]:
+    """`parts` with `all` spelled out.
+
+    Raises:
+        VlaError: none, or one that does not exist.
+    """
+    unknown = sorted(set(parts) - {*PARTS, ALL_PARTS})
+    if unknown or not parts:
+        raise problem(
+            f"LoRA parts {sorted(parts)}", f"some of {', '.join(PARTS)}, or {ALL_PARTS}", "correct --lora-parts"
+        )
+    return tuple(part for part in PARTS if part in parts or ALL_PARTS in parts)
+
+
+def _idle_modules(model: nn.Module) -> tuple[str, ...]:
+    """OpenVLA's: weights that are only carried along."""
+    return getattr(model, "idle_modules", ())
+
+
+def load_dtype(method: Method, dtype: str) -> str:
+    """The type to load a checkpoint in. What trains is float32; and float16 is made from that later, so that
+    `vla.backbone.fingerprint` sees what a reader of the float32 weights sees."""
+    return "float32" if method == "full" or dtype == "float16" else dtype
+
+
+def make_trainable(
+    backbone: Backbone, method: Method, *, dtype: torch.dtype, device: str, r: int, alpha: int, dropout: float,
+    parts: Collection[str], train_ids: Collection[int],
+) -> None:  # fmt: skip
+    """Prepare `backbone.model`, loaded as `load_dtype` says, for training by `method`, in place; the rest as `attach_lora`."""
+    if method == "full":
+        train_parts(backbone, parts)
+        return
+    if method == "qlora":
+        quantize_base(backbone, dtype, device)
+    else:
+        for parameter in backbone.model.parameters():  # not the buffers: rotary frequencies stay float32
+            parameter.data = parameter.data.to(dtype)
+    attach_lora(backbone, r=r, alpha=alpha, dropout=dropout, parts=parts, train_ids=train_ids, method=method)
+
+
+def quantize_base(backbone: Backbone, dtype: torch.dtype, device: str) -> None:
+    """4 bits where the model is, normally on the CPU, then the move: the device never holds more."""
+    quantize_linears(backbone.model, dtype)
+    backbone.model = backbone.model.to(device)
+
+
+def train_parts(backbone: Backbone, parts: Collection[str]) -> None:
+    """Let all weights of the chosen parts train, in place, and no others; embeddings and output head belong to the LLM.
+
+    Raises:
+        VlaError: the LLM is not among them: new action tokens would stay what they were.
+    """
+    model, chosen = backbone.model, chosen_parts(parts)
+    if "llm" not in chosen:
+        raise problem(f"method full with parts {', '.join(chosen)}", "llm among them: it holds the action tokens",
+                      "add llm to --lora-parts, or use --method lora")  # fmt: skip
+    idle = _idle_modules(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) in chosen and not name.startswith(idle))
+    unfold_norms(model)
+    model.eval()
+
+
 def attach_lora(
-    backbone: Backbone, *, r: int, alpha: int, dropout: float, parts: Collection[str], train_ids: Collection[int]
-) -> None:
-    """Wrap `backbone.model` in a PEFT LoRA model, in place.
+    backbone: Backbone, *, r: int, alpha: int, dropout: float, parts: Collection[str], train_ids: Collection[int],
+    method: Method = "lora",
+) -> None:  # fmt: skip
+    """Wrap `backbone.model` in a PEFT LoRA model, in place. What trains is float32, whatever the base is.
 
     Args:
         train_ids: vocabulary rows trained besides LoRA, normally the action ids; other rows stay frozen.
+        method: any but full. For qlora, `backbone.model` is in 4 bits already (`vla.kbit.quantize_linears`).
     """
     model = backbone.model
     indices: dict[str, list[int]] | None = None
@@ -133,9 +211,13 @@ def attach_lora(
             indices[_module_name(model, head)] = sorted(train_ids)
     config = LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=lora_targets(model, parts),
-        trainable_token_indices=indices, init_lora_weights=True,
+        trainable_token_indices=indices, init_lora_weights=True, use_dora=method == "dora", use_rslora=method == "rslora",
     )  # fmt: skip
     backbone.model = get_peft_model(model, config)
+    for parameter in backbone.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    lean_token_rows(backbone.model)
     backbone.model.eval()
 
 
@@ -146,4 +228,5 @@ def _module_name(model: nn.Module, module: nn.Module) -> str:
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """(trainable, all), each parameter once."""
     parameters = {id(p): p for p in model.parameters()}.values()
-    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    sizes = [(packed_numel(p) if is_packed(p) else p.numel(), p.requires_grad) for p in parameters]
+    return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 
 from vla.decoding import ActionSampler, AllComplete, gumbel_noise
 from vla.fold_norms import fold_frozen_norms
+from vla.token_rows import only_rows
 from vla.tokenizers.grammar import IdGrammar
 from vla.types import VlaError, problem
 
@@ -60,13 +61,10 @@ def load_backbone(
     path = resolve_source(source)
     if dtype not in DTYPES:
         raise problem(f"dtype {dtype!r}", f"one of {', '.join(DTYPES)}", "correct --dtype")
-    kind: type[Backbone] = Backbone
     try:
         if _model_type(path, options.get("revision")) == "openvla":
-            from vla.openvla.backbone import OpenVlaBackbone
             from vla.openvla.checkpoint import open_openvla
 
-            kind = OpenVlaBackbone
             model, processor = open_openvla(path, processor_path or path, dtype=DTYPES[dtype], **options)
         else:
             processor = AutoProcessor.from_pretrained(str(processor_path or path))
@@ -83,7 +81,7 @@ def load_backbone(
                 if isinstance(module, nn.Conv2d):
                     cast(Any, module).to(memory_format=torch.channels_last)
         fold_frozen_norms(model)
-    return kind(model.eval(), processor)
+    return Backbone(model.eval(), processor)
 
 
 def _model_type(path: str, revision: str | None) -> str | None:
@@ -123,11 +121,14 @@ class Backbone:
 
     def encode(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> dict[str, torch.Tensor]:
         """Model inputs of B prompts, left-padded; `input_ids` is (B, prompt length)."""
-        texts = [self._text(prompt, len(row)) for prompt, row in zip(prompts, images, strict=True)]
-        inputs = self.processor(
-            images=[list(row) for row in images], text=texts, padding=True, return_tensors="pt",
-            add_special_tokens=not self._templated,
-        )  # fmt: skip
+        if self.config.model_type == "openvla":
+            inputs = self.processor.encode(prompts, images)
+        else:
+            texts = [self._text(prompt, len(row)) for prompt, row in zip(prompts, images, strict=True)]
+            inputs = self.processor(
+                images=[list(row) for row in images], text=texts, padding=True, return_tensors="pt",
+                add_special_tokens=not self._templated,
+            )  # fmt: skip
         inputs.pop("labels", None)  # PaliGemma's processor returns an all-ignored one
         return {
             name: value.to(self.device, self.model.dtype) if value.is_floating_point() else value.to(self.device)
@@ -135,7 +136,11 @@ class Backbone:
         }
 
     def action_logits(
-        self, inputs: dict[str, torch.Tensor], token_ids: torch.Tensor, model: Any = None
+        self,
+        inputs: dict[str, torch.Tensor],
+        token_ids: torch.Tensor,
+        model: Any = None,
+        only_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(B, T, V) logits that predict each of `token_ids` (B, T), given the prompt and the ids before it.
 
@@ -143,11 +148,13 @@ class Backbone:
 
         Args:
             model: what to call instead of `self.model`, e.g. its wrapper for data-parallel training.
+            only_ids: int64 (n,); the answer is then (B, T, n), and the logits of other ids are never computed.
         """
         n_tokens = token_ids.shape[1]
         pad = self.processor.tokenizer.pad_token_id
         extended = self._extend(inputs, torch.where(token_ids < 0, pad, token_ids)[:, :-1])
-        return (model or self.model)(**extended, logits_to_keep=n_tokens, use_cache=False).logits[:, -n_tokens:]
+        with only_rows(self.model, only_ids):
+            return (model or self.model)(**extended, logits_to_keep=n_tokens, use_cache=False).logits[:, -n_tokens:]
 
     @torch.no_grad()
     def sample(
@@ -212,8 +219,13 @@ def fingerprint(model: Any) -> str:
 
     An adapter on other weights than it was trained on still loads, and acts wrongly without a word.
     """
+    return fingerprint_of(sorted(model.named_parameters()))
+
+
+def fingerprint_of(parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """`fingerprint` of parameters given in the order of their names."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    for name, parameter in parameters:
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16)
         digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.view(torch.int16).numpy().tobytes())

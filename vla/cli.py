@@ -32,6 +32,8 @@ class Program:
     run: str = "run"
     needs: str = ""
     """What the command line supplies beside the settings, because the module's part may not import it: a key of `_CALLS`."""
+    begins_anew: bool = False
+    """Interrupted and started again, it does everything again: it keeps nothing to continue from."""
     has_words: bool = False
     """Its settings take words without a flag (`tyro.conf.Positional`), so that the first one is no preset."""
 
@@ -45,22 +47,31 @@ PROGRAMS = {
         "run_collect",
         "expert",
     ),
-    "data inspect": Program("vla.finetune.data_inspect", "what a dataset holds"),
-    "data stats": Program("vla.finetune.data_program", "exact statistics of a dataset", "StatsSettings", "run_stats"),
-    "data check": Program("vla.finetune.data_check", "what is wrong with a dataset: its files and its content"),
+    "data inspect": Program("vla.finetune.data_inspect", "what a dataset holds", begins_anew=True),
+    "data stats": Program(
+        "vla.finetune.data_program", "exact statistics of a dataset", "StatsSettings", "run_stats", begins_anew=True
+    ),
+    "data check": Program(
+        "vla.finetune.data_check", "what is wrong with a dataset: its files and its content", begins_anew=True
+    ),
     "data convert": Program(
         "vla.finetune.data_convert", "any dataset to LeRobot v3.0 or the fast cache", has_words=True
     ),
     "data filter": Program("vla.finetune.data_filter", "the part of a dataset worth training on", has_words=True),
-    "data retrieve": Program("vla.finetune.data_retrieve", "the prior episodes nearest to a few demonstrations"),
-    "data viz": Program("vla.finetune.data_viz", "one episode to look at", has_words=True),
-    "data list": Program("vla.finetune.data_list", "the Open X-Embodiment datasets and mixtures that have a name"),
+    "data retrieve": Program(
+        "vla.finetune.data_retrieve", "the prior episodes nearest to a few demonstrations", begins_anew=True
+    ),
+    "data viz": Program("vla.finetune.data_viz", "one episode to look at", has_words=True, begins_anew=True),
+    "data list": Program(
+        "vla.finetune.data_list", "the Open X-Embodiment datasets and mixtures that have a name", begins_anew=True
+    ),
     "tokenizer fit": Program(
         "vla.finetune.tokenizer_program",
         "fit an action tokenizer to a dataset",
         "FitSettings",
         "run_fit",
         has_words=True,
+        begins_anew=True,
     ),
     "tokenizer compare": Program(
         "vla.finetune.tokenizer_program",
@@ -68,21 +79,36 @@ PROGRAMS = {
         "CompareSettings",
         "run_compare",
         has_words=True,
+        begins_anew=True,
     ),
-    "finetune": Program("vla.finetune.sft", "supervised fine-tuning with LoRA"),
+    "finetune": Program("vla.finetune.sft", "supervised fine-tuning with LoRA", needs="eval suite"),
     "rl": Program("vla.finetune.rl", "RL post-training from sparse success", needs="suite"),
-    "import": Program("vla.import_policy", "a policy directory from a published OpenVLA checkpoint", has_words=True),
-    "merge": Program("vla.merge", "merge an adapter into its base model"),
-    "serve": Program("vla.serve.server", "answer observations over HTTP"),
+    "import": Program(
+        "vla.import_policy", "a policy directory from a published OpenVLA checkpoint", has_words=True, begins_anew=True
+    ),
+    "merge": Program("vla.merge", "merge an adapter into its base model", begins_anew=True),
+    "card": Program(
+        "vla.card_program", "write a policy's model card, with its figures", has_words=True, begins_anew=True
+    ),
+    "push": Program("vla.push", "a policy directory to the Hugging Face Hub", has_words=True, begins_anew=True),
+    "serve": Program("vla.serve.server", "answer observations over HTTP", begins_anew=True),
     "eval": Program(
         "vla.eval.run", "success rates of a policy directory or an endpoint, with a report", needs="policy"
     ),
-    "eval merge": Program("vla.eval.merge", "put the shards of one evaluation together", has_words=True),
-    "eval compare": Program("vla.eval.compare", "two evaluations on the same seeds: which is better", has_words=True),
-    "eval replay": Program(
-        "vla.replay_program", "replay recorded actions through the action tokens: the upper bound they allow"
+    "eval merge": Program(
+        "vla.eval.merge", "put the shards of one evaluation together", has_words=True, begins_anew=True
     ),
-    "doctor": Program("vla.doctor", "why a policy does worse than it should: one page of checks", has_words=True),
+    "eval compare": Program(
+        "vla.eval.compare", "two evaluations on the same seeds: which is better", has_words=True, begins_anew=True
+    ),
+    "eval replay": Program(
+        "vla.replay_program",
+        "replay recorded actions through the action tokens: the upper bound they allow",
+        begins_anew=True,
+    ),
+    "doctor": Program(
+        "vla.doctor", "why a policy does worse than it should: one page of checks", has_words=True, begins_anew=True
+    ),
     "pretrain": Program("vla.pretrain", "make the built-in backbone anew"),
 }
 
@@ -90,7 +116,7 @@ PROGRAMS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    again = "run the same command again"
+    again, continues = "run the same command again", False
     try:
         if not argv or argv[0] in ("-h", "--help"):
             print(usage())
@@ -99,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"vla-toolkit {__version__}")
             return 0
         program, settings = parse(argv)
+        continues = not program.begins_anew
         if any(field.name == "resume" for field in dataclasses.fields(settings)):
             again += " with --resume"
         call(program, settings)
@@ -109,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_red(f"error: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\ninterrupted; to continue, {again}", file=sys.stderr)
+        print(f"\ninterrupted; {'to continue, ' if continues else ''}{again}", file=sys.stderr)
         return 130
     except SystemExit as exit_:  # tyro, after --help or a flag it does not know
         return exit_.code if isinstance(exit_.code, int) else 2
@@ -177,6 +204,14 @@ def _run_with_experts(run: Callable[..., Any], settings: Any) -> Any:
     return run(settings, get_suite(settings.suite, settings.tasks, expert=True))
 
 
+def _run_with_eval_suite(run: Callable[..., Any], settings: Any) -> Any:
+    if not settings.eval_suite:
+        return run(settings)
+    from vla.eval.suites import get_suite
+
+    return run(settings, get_suite(settings.eval_suite, settings.eval_tasks))
+
+
 def _run_with_policy(run: Callable[..., Any], settings: Any) -> Any:
     if not settings.policy.startswith(("http://", "https://")) or settings.dry_run:
         return run(settings)
@@ -185,7 +220,13 @@ def _run_with_policy(run: Callable[..., Any], settings: Any) -> Any:
     return run(settings, policy=RemotePolicy(settings.policy))
 
 
-_CALLS = {"": _run_alone, "suite": _run_with_suite, "expert": _run_with_experts, "policy": _run_with_policy}
+_CALLS = {
+    "": _run_alone,
+    "suite": _run_with_suite,
+    "eval suite": _run_with_eval_suite,
+    "expert": _run_with_experts,
+    "policy": _run_with_policy,
+}
 
 
 def _split_program(argv: Sequence[str]) -> tuple[str, list[str]]:

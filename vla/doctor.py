@@ -78,6 +78,7 @@ from vla.eval.suites import get_suite
 from vla.files import write_json, write_text
 from vla.finetune.lerobot_reader import LeRobotReader
 from vla.finetune.statistics import dataset_statistics
+from vla.finetune.unfinished import check_finished
 from vla.libero_protocol import disagreements, get_protocol
 from vla.policy import LocalPolicy, library_versions, load_policy
 from vla.progress import Progress
@@ -149,6 +150,8 @@ def run(settings: Settings, *, suite: Suite | None = None) -> list[Finding]:
         raise problem(f"policy {settings.policy!r}", "a policy directory (an endpoint's files cannot be read)",
                       "correct the path")  # fmt: skip
     suite = suite or (get_suite(settings.suite, settings.tasks) if settings.suite else None)
+    for root in settings.dataset:
+        check_finished(root)
     readers = [LeRobotReader(root) for root in settings.dataset]
     policy = load_policy(
         settings.policy, device=settings.device, dtype=settings.dtype, quantization=settings.quantization,

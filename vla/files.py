@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -10,13 +11,36 @@ from typing import Any
 
 import numpy as np
 
+from vla.types import VlaError
+
+_NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+
+
+class UnwritableError(VlaError, OSError):
+    """A file that the user named cannot be there. (A full disk stays an `OSError`.)"""
+
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write to a temporary name beside `path`, fsync, rename over it. Creates the parent folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write to a temporary name beside `path`, fsync, rename over it. Creates the parent folder.
+
+    Raises:
+        UnwritableError: there is a folder of that name, or its folder cannot be made or written.
+        OSError: anything else, such as a full disk.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        opened = open(temporary, "wb")
+    except OSError as error:
+        if error.errno not in _NO_PLACE:
+            raise
+        raise UnwritableError(
+            f"got {path}: {error.strerror}; expected a file that can be written; fix: choose another place"
+        ) from error
+    try:
+        with opened as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

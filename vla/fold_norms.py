@@ -37,12 +37,31 @@ def fold_frozen_norms(model: nn.Module) -> int:
     return len(pairs)
 
 
+def folded_convolutions(model: nn.Module) -> list[nn.Module]:
+    """The convolutions made by `fold_frozen_norms`, which hold memory of their own."""
+    return [module.__dict__["folded"] for module in model.modules() if "folded" in module.__dict__]
+
+
+def unfold_norms(model: nn.Module) -> None:
+    """Undo `fold_frozen_norms` where a convolution or its norm trains: what was folded would go stale."""
+    for module in model.modules():
+        if type(module).__module__ not in PLAIN_ORDER:
+            continue
+        children = list(module.children())
+        if any(p.requires_grad for child in children if not list(child.children()) for p in child.parameters()):
+            for child in children:
+                if isinstance(child, nn.Conv2d) or "BatchNorm" in type(child).__name__:
+                    child.__dict__.pop("forward", None)
+                    child.__dict__.pop("folded", None)
+
+
 def _fold(convolution: Any, norm: Any) -> None:
     fused = cast(Any, fuse_conv_bn_eval(convolution.eval(), norm.eval())).requires_grad_(False)
     if convolution.weight.is_contiguous(memory_format=torch.channels_last):
         fused.to(memory_format=torch.channels_last)
     plain_convolution, plain_norm = convolution.forward, norm.forward
     parameters = [*convolution.parameters(), *norm.parameters()]
+    convolution.__dict__["folded"] = fused  # not a submodule: nothing of it is saved
 
     def folded() -> bool:
         trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)

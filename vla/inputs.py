@@ -10,6 +10,7 @@ from vla.resample import crop_and_resize, resize_lanczos3
 from vla.spec import ImageSpec, PromptSpec
 from vla.types import Observation, problem
 
+UNKNOWN_STATE = "unknown"
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -88,6 +89,8 @@ def prepare_prompt(observation: Observation, spec: PromptSpec) -> str:
     values = {"instruction": instruction.lower() if spec.lowercase else instruction}
     if spec.state_names:
         expected = (len(spec.state_names),)
+        if observation.state is None and spec.state_optional:
+            return spec.template.format(**values, state=UNKNOWN_STATE)
         if observation.state is None or observation.state.shape != expected:
             got = "no state" if observation.state is None else f"a state of shape {observation.state.shape}"
             raise problem(got, f"{expected}: {', '.join(spec.state_names)}", "send the robot's state")

@@ -12,7 +12,7 @@ import io
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 
 def jpeg_round_trip(frame: np.ndarray, quality: int) -> np.ndarray:
@@ -30,3 +30,8 @@ def decode_jpeg(data: bytes) -> np.ndarray:
         ValueError: the file is damaged or cut short.
     """
     return simplejpeg.decode_jpeg(data, "RGB", fastdct=True)
+
+
+def fault(error: Exception) -> str:
+    """What is wrong with an image that cannot be decoded; Pillow's own words name an object in memory instead."""
+    return "not of a known kind, or cut short" if isinstance(error, UnidentifiedImageError) else str(error)

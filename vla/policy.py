@@ -15,10 +15,23 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from vla.adapters import AddedInit, PlacementKind, add_action_tokens, attach_lora, parameter_counts, place_actions
-from vla.backbone import Backbone, fingerprint, load_backbone
+from vla.adapters import (
+    AddedInit,
+    Method,
+    PlacementKind,
+    add_action_tokens,
+    chosen_parts,
+    load_dtype,
+    make_trainable,
+    parameter_counts,
+    place_actions,
+    quantize_base,
+)
+from vla.backbone import DTYPES, Backbone, fingerprint, load_backbone
 from vla.files import swap_folder, write_json, write_text
+from vla.hub_policy import policy_folder
 from vla.inputs import prepare_images, prepare_prompt
+from vla.kbit import require_bitsandbytes
 from vla.model_card import model_card
 from vla.normalize import Statistics, action_normalizer, choose_key, gripper_to_robot
 from vla.quantize import quantize_loaded, quantized_options, weight_bytes
@@ -36,6 +49,7 @@ from vla.spec import (
     read_tokenizer,
     to_json,
 )  # fmt: skip
+from vla.token_rows import lean_token_rows
 from vla.tokenizers.chunk_codec import ActionCodec
 from vla.tokenizers.grammar import FixedGrammar
 from vla.tokenizers.placement import Placement
@@ -131,36 +145,49 @@ class LocalPolicy:
             return None
         return torch.from_numpy(self.codec.grammar.row_masks(token_ids.cpu().numpy())).to(token_ids.device)
 
-    def save(self, folder: Path, *, stage: str, settings: dict[str, Any], refer: bool = False) -> None:
+    def save(
+        self, folder: Path, *, stage: str, settings: dict[str, Any], refer: bool = False,
+        weights: dict[str, torch.Tensor] | None = None,
+    ) -> None:  # fmt: skip
         """Write the policy directory, whole or not at all; an existing one at `folder` is replaced.
 
         Args:
             refer: weights that are those at `spec.backbone.source` are not copied.
+            weights: parameters by name, instead of the model's own, where those are sharded over processes.
         """
         peft = isinstance(self.backbone.model, PeftModel)
-        weights = "adapter" if peft else "base" if refer else "merged"
+        kind = "adapter" if peft else "base" if refer else "merged"
         entry = {"stage": stage, "settings": json.loads(json.dumps(settings, default=str))}
         spec = dataclasses.replace(
-            self.spec, backbone=dataclasses.replace(self.spec.backbone, weights=weights), versions=library_versions(),
+            self.spec, backbone=dataclasses.replace(self.spec.backbone, weights=kind), versions=library_versions(),
             format_version=FORMAT_VERSION, provenance=(*self.spec.provenance, entry),
         )  # fmt: skip
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        self.backbone.processor.save_pretrained(temporary / "processor")
-        self.backbone.processor.tokenizer.save_pretrained(temporary / "tokenizer")
+        try:
+            temporary.mkdir(parents=True)
+            self._write(temporary, spec, refer, weights)
+            swap_folder(temporary, folder)
+        except BaseException:  # a full disk should not be fuller afterwards
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+    def _write(self, folder: Path, spec: PolicySpec, refer: bool, weights: dict[str, torch.Tensor] | None) -> None:
+        """The files of a policy directory, into an empty folder."""
+        peft = isinstance(self.backbone.model, PeftModel)
+        self.backbone.processor.save_pretrained(folder / "processor")
+        self.backbone.processor.tokenizer.save_pretrained(folder / "tokenizer")
         if peft:
-            self.backbone.model.save_pretrained(temporary / "adapter", save_embedding_layers=False)
-            (temporary / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is one level up
+            self.backbone.model.save_pretrained(folder / "adapter", save_embedding_layers=False, state_dict=weights)
+            (folder / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is one level up
         elif not refer:
-            self.backbone.model.save_pretrained(temporary / "model")
-            self.backbone.processor.save_pretrained(temporary / "model")
-        (temporary / TOKENIZER_FOLDER).mkdir()
-        self.codec.tokenizer.save(temporary / TOKENIZER_FOLDER)
-        write_json(temporary / STATISTICS_FILE, self.statistics)
-        write_json(temporary / FILE, to_json(spec))
-        write_text(temporary / "README.md", model_card(spec, self.statistics))
-        swap_folder(temporary, folder)
+            self.backbone.model.save_pretrained(folder / "model", state_dict=weights)
+            self.backbone.processor.save_pretrained(folder / "model")
+        (folder / TOKENIZER_FOLDER).mkdir()
+        self.codec.tokenizer.save(folder / TOKENIZER_FOLDER)
+        write_json(folder / STATISTICS_FILE, self.statistics)
+        write_json(folder / FILE, to_json(spec))
+        write_text(folder / "README.md", model_card(spec, self.statistics))
 
 
 def library_versions() -> dict[str, str]:
@@ -178,24 +205,36 @@ def create_policy(
     source: str, *, name: str, action: ActionSpec, image: ImageSpec, prompt: PromptSpec, statistics: Statistics,
     tokenizer: ActionTokenizer | None = None, placement: PlacementKind = "added", skip: int = 0, added_init: AddedInit = "mean", unnorm_key: str | None = None,
     lora_r: int = 32, lora_alpha: int = 16, lora_dropout: float = 0.0,
-    lora_parts: Collection[str] = ("llm", "projector"), device: str = "cpu", dtype: str = "float32",
+    lora_parts: Collection[str] = ("llm", "projector"), method: Method = "lora", device: str = "cpu", dtype: str = "float32",
 ) -> LocalPolicy:  # fmt: skip
     """A new policy: a pretrained VLM, extended with action tokens, with a fresh LoRA adapter that trains.
 
     Args:
         tokenizer: the action tokenizer, fitted; default: 256 uniform bins.
         skip: ids left out at the end of the vocabulary, for the placement `tail`.
+        lora_parts: parts of the model that train: llm, projector, vision, or all.
+        method: what trains there (`vla.adapters.Method`). `full` has no adapter.
+        dtype: of frozen weights, and what those of qlora are computed in. What trains is float32.
     """
+    chosen_parts(lora_parts)
+    if method == "qlora":
+        require_bitsandbytes("method qlora")
     tokenizer = tokenizer or UniformTokenizer()
     grammar = tokenizer.grammar(action.horizon, action.dim)
     if added_init == "numbers" and not (isinstance(grammar, FixedGrammar) and grammar.per_dimension):
         raise problem("added_init 'numbers' for symbols that are no numbers", "a scheme of one token per dimension",
                       "use added_init 'mean'")  # fmt: skip
-    backbone = load_backbone(source, dtype=dtype, device=device)
-    base = BackboneSpec(source, backbone.config.model_type, "adapter", None, fingerprint(backbone.model))
+    backbone = load_backbone(source, dtype=load_dtype(method, dtype), device="cpu" if method == "qlora" else device)
+    base = BackboneSpec(
+        source, backbone.config.model_type, "adapter", None, fingerprint(backbone.model),
+        quantization="nf4" if method == "qlora" else "none",
+    )  # fmt: skip
     placed, n_added = place_actions(backbone, placement, tokenizer.vocab_size, added_init, skip)
     tokens = TokenSpec(scheme_of(tokenizer), tokenizer.vocab_size, placed.save(), n_added, added_init)
-    attach_lora(backbone, r=lora_r, alpha=lora_alpha, dropout=lora_dropout, parts=lora_parts, train_ids=placed.ids)
+    make_trainable(
+        backbone, method, dtype=DTYPES[dtype], device=device, r=lora_r, alpha=lora_alpha, dropout=lora_dropout, parts=lora_parts,
+        train_ids=placed.ids,
+    )  # fmt: skip
     spec = PolicySpec(name, base, action, image, prompt, tokens, unnorm_key)
     # With several datasets whoever loads the policy must choose; until then it acts by the first.
     return LocalPolicy(spec, backbone, statistics, tokenizer, unnorm_key=unnorm_key or next(iter(statistics)))
@@ -203,20 +242,22 @@ def create_policy(
 
 def load_policy(
     path: str | Path, *, device: str = "cpu", dtype: str = "float32", quantization: str = "none",
-    unnorm_key: str | None = None, temperature: float = 0.0, trainable: bool = False,
+    unnorm_key: str | None = None, temperature: float = 0.0, trainable: bool = False, full_base: bool = False,
 ) -> LocalPolicy:  # fmt: skip
-    """Open a policy directory.
+    """Open a policy directory, here or on the Hub.
 
     Args:
+        path: a folder, OWNER/NAME, or hf://OWNER/NAME@REVISION (`vla.hub_policy`).
         quantization: none, int8 or nf4; needs merged weights (`vla merge`).
         trainable: the adapter's parameters get gradients.
+        full_base: an adapter trained on a base in 4 bits (qlora) is put on the full one instead.
 
     Raises:
         VlaError: anything missing, corrupt or contradictory, with the file and the fix.
     """
-    folder = Path(path)
+    folder = policy_folder(path)
     spec = read_spec(folder)
-    statistics = _read_statistics(folder / STATISTICS_FILE)
+    statistics = read_statistics(folder / STATISTICS_FILE)
     tokenizer = read_tokenizer(folder, spec)
     merged, adapted = (spec.backbone.weights == kind for kind in ("merged", "adapter"))
     weights = folder / ("model" if merged else "adapter")
@@ -226,12 +267,17 @@ def load_policy(
     if quantization != "none" and adapted:
         raise problem(f"quantization {quantization} of an adapter policy", "merged weights",
                       f"vla merge --policy {folder} --out MERGED, then quantize MERGED")  # fmt: skip
+    packed = adapted and spec.backbone.quantization == "nf4" and not full_base
+    if packed:
+        require_bitsandbytes(f"{folder}, trained by qlora,")
     options, done = quantized_options(quantization, device)
     source = str(weights) if merged else spec.backbone.source
     processor_path = folder / "processor" if merged else None
     if not merged and spec.backbone.revision is not None:
         options["revision"] = spec.backbone.revision
-    backbone = load_backbone(source, processor_path=processor_path, dtype=dtype, device=device, **options)
+    backbone = load_backbone(
+        source, processor_path=processor_path, dtype=dtype, device="cpu" if packed else device, **options
+    )
     backbone.model = quantize_loaded(backbone.model, done)
     if spec.backbone.model_type and backbone.config.model_type != spec.backbone.model_type:
         raise problem(f"a {backbone.config.model_type} model at {source}", spec.backbone.model_type,
@@ -244,8 +290,12 @@ def load_policy(
     if adapted:
         if spec.tokens.n_added:
             add_action_tokens(backbone, spec.tokens.n_added, spec.tokens.added_init)
+        if packed:
+            quantize_base(backbone, DTYPES[dtype], device)
+            done = "bitsandbytes-nf4"
         try:
             backbone.model = PeftModel.from_pretrained(backbone.model, str(weights), is_trainable=trainable).eval()
+            lean_token_rows(backbone.model)
         except Exception as error:  # safetensors, JSON, shape and key errors have no common base
             raise VlaError(f"{weights} cannot be loaded onto {source}: {error}; expected the adapter this policy was "
                            "saved with; fix: restore the folder from a copy") from error  # fmt: skip
@@ -254,7 +304,7 @@ def load_policy(
     )
 
 
-def _read_statistics(path: Path) -> Statistics:
+def read_statistics(path: Path) -> Statistics:
     if not path.is_file():
         raise problem(f"no {path.name} in {path.parent}", "the statistics the policy was trained with",
                       "restore the file; without it actions have no units")  # fmt: skip

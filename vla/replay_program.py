@@ -23,6 +23,7 @@ from vla.eval.suites import get_suite
 from vla.files import write_json
 from vla.finetune.lerobot_reader import LeRobotReader
 from vla.finetune.statistics import dataset_statistics, read_statistics
+from vla.finetune.unfinished import check_finished
 from vla.normalize import action_normalizer, gripper_to_robot
 from vla.spec import ActionSpec, read_spec, read_tokenizer
 from vla.tokenizers.chunk_codec import ActionCodec
@@ -80,6 +81,7 @@ def run(settings: Settings, suite: Suite | None = None) -> ReplayResult | None:
         VlaError: data without seeds or tasks, a task the suite does not have, another action space or control rate than
             the suite's or the policy's, a simulator that fails too often.
     """
+    check_finished(settings.data)
     reader = LeRobotReader(settings.data)
     episodes = chosen_episodes(reader, settings.tasks, settings.episodes)
     tasks = tuple(dict.fromkeys(str(episode.task) for episode in episodes))

@@ -19,6 +19,7 @@ from multiprocessing import connection
 
 import numpy as np
 
+from vla.ensemble import ChunkEnsemble
 from vla.env_host import EnvReply, without_images
 from vla.types import ActionChunk, EpisodeRequest, EpisodeResult, Observation, Policy, Query, Suite, VlaError, problem
 from vla.worker_pool import WorkerPool
@@ -56,6 +57,7 @@ class _Episode:
     n_queries: int = 0
     n_steps: int = 0
     asked: tuple[Observation, ActionChunk, float] | None = None
+    ensemble: ChunkEnsemble | None = None
     queries: list[Query] = field(default_factory=list)
     frames: list[np.ndarray] = field(default_factory=list)
 
@@ -68,6 +70,7 @@ def run_episodes(
     n_workers: int = 2,
     slots_per_worker: int = 4,
     n_execute: int | None = None,
+    temporal_ensemble: float | None = None,
     ordered: bool = False,
     keep_queries: bool = False,
     keep_frames: bool | Callable[[EpisodeRequest], bool] = False,
@@ -89,6 +92,7 @@ def run_episodes(
     Args:
         n_workers: environment processes; 0 runs the environments in this process.
         n_execute: how many actions of each chunk to execute before asking again; None: all.
+        temporal_ensemble: m of `vla.ensemble`; the policy is then asked at every step, and `n_execute` is 1 or left out.
         ordered: yield in the order of the requests instead of the order of completion. Take this when only some of an
             infinite stream's results are used: the first to complete are the short episodes, hence the successes.
         keep_frames: True, or which requests: keep the frames the policy saw, all cameras side by side; with
@@ -107,6 +111,11 @@ def run_episodes(
     """
     if n_execute is not None and n_execute < 1:
         raise problem(f"n_execute={n_execute}", "at least 1", "leave it out to execute whole chunks")
+    if temporal_ensemble is not None:
+        ChunkEnsemble(temporal_ensemble)
+        if n_execute not in (None, 1):
+            raise problem(f"n_execute={n_execute} with temporal_ensemble", "1: the policy is asked at every step",
+                          "leave one of them out")  # fmt: skip
     if n_workers < 0 or slots_per_worker < 1:
         expected = "n_workers >= 0 and slots_per_worker >= 1"
         raise problem(f"n_workers={n_workers}, slots_per_worker={slots_per_worker}", expected, "correct them")
@@ -125,6 +134,7 @@ def run_episodes(
                 film,
                 render_every,
             )
+            engine.temporal_ensemble = temporal_ensemble
             engine.max_fault_fraction, engine.fixed_batch = max_fault_fraction, fixed_batch
             engine.min_batch = min_batch or (len(engine.free) + 1) // 2
             engine.window_s = window_s
@@ -167,6 +177,7 @@ class _Engine:
     """State of one `run_episodes`. A slot is (worker number, slot number in it)."""
 
     n_execute: int | None
+    temporal_ensemble: float | None
     keep_queries: bool
     film: Callable[[EpisodeRequest], bool]
     render_every: int
@@ -341,6 +352,9 @@ class _Engine:
         render_every = self.render_every if filmed else 0
         draw = self.reads_images or (filmed and not render_every)
         actions = np.ascontiguousarray(chunk.actions[: self.n_execute], np.float32)
+        if self.temporal_ensemble is not None:
+            episode.ensemble = episode.ensemble or ChunkEnsemble(self.temporal_ensemble)
+            actions = episode.ensemble.next(chunk.actions)[None]
         self.pool.workers[slot[0]].run_chunk(slot[1], actions, render_every, draw)
 
     def _check_chunk(self, chunk: ActionChunk) -> None:

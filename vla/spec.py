@@ -92,6 +92,8 @@ class PromptSpec:
     state_high: tuple[float, ...] = ()
     """State value shown as `state_bins - 1`, per dimension."""
     state_bins: int = 256
+    state_optional: bool = False
+    """Without a state, the prompt says `unknown`; trained with state dropout."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,8 @@ class BackboneSpec:
     """Of a Hub source."""
     fingerprint: str = ""
     """`vla.backbone.fingerprint` of the source's weights, checked at load."""
+    quantization: Literal["none", "nf4"] = "none"
+    """What the source's linear layers were packed into while the adapter was trained; loading does the same."""
 
 
 @dataclass(frozen=True)

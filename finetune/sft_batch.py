@@ -1,0 +1,144 @@
+"""A part of a batch of supervised fine-tuning: its samples, their targets, and the loss of each action token."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from vla.finetune.augment import augment_observation, uncropped
+from vla.finetune.chunks import ChunkDataset, Sample
+from vla.finetune.sft_settings import Settings
+from vla.finetune.sft_setup import observation_of
+from vla.policy import LocalPolicy
+from vla.spec import ImageSpec
+from vla.tokenizers.rows import padded
+
+
+@dataclass(frozen=True)
+class PartLoss:
+    """Over the valid tokens of a part of a batch."""
+
+    loss: torch.Tensor
+    """Sum of the token losses, with gradient."""
+    figures: np.ndarray
+    """float64 (3,): the same sum, correct tokens, sum of L1 in normalised units.
+
+    The L1 is that of the teacher-forced best ids. Only with one token per dimension do these decode one by one; it is 0
+    otherwise."""
+    predicted: torch.Tensor
+    """int64 (B, T): teacher-forced best ids."""
+
+
+class Batches:
+    """The samples of a run as the model is given them."""
+
+    def __init__(self, settings: Settings, dataset: ChunkDataset, policy: LocalPolicy, model: Any) -> None:
+        """`model`: what is called, e.g. the wrapper of `policy.backbone.model` for data-parallel training."""
+        self.settings, self.dataset, self.policy, self.model = settings, dataset, policy, model
+        self.training_image = uncropped(policy.spec.image) if settings.augment else None
+        """How training frames are given to the model; None: as frames are when the policy acts."""
+
+    def sample(self, index: int, position: int) -> Sample:
+        """A training sample. What is random about it depends on its position in the stream alone."""
+        sample = self.dataset[index]
+        if self.settings.state_dropout and drops_state(self.settings, position):
+            sample = dataclasses.replace(sample, state=None)
+        if not self.settings.augment:
+            return sample
+        seen = augment_observation(observation_of(sample), self.policy.spec.image, self.settings.seed, position)
+        return dataclasses.replace(sample, images=seen.images)
+
+    def targets(self, samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(int64 ids (B, T) padded with -1, bool (B, T) tokens that carry loss) of a part of the batch."""
+        if not samples:
+            return torch.zeros((0, 1), dtype=torch.int64), torch.zeros((0, 1), dtype=torch.bool)
+        rows = padded([self.policy.action_token_ids(s.actions[None], s.dataset)[0].tolist() for s in samples])
+        valid = self.policy.codec.token_mask(rows, np.stack([~s.is_pad for s in samples]))
+        device = self.policy.backbone.device
+        return torch.from_numpy(rows).to(device), torch.from_numpy(valid).to(device)
+
+    def loss(
+        self, samples: list[Sample], ids: torch.Tensor, valid: torch.Tensor, image: ImageSpec | None = None
+    ) -> PartLoss:
+        """Teacher-forced loss of `targets` ids over their valid tokens."""
+        policy = self.policy
+        inputs = policy.encode([observation_of(sample) for sample in samples], image)
+        legal, narrow = policy.legal_ids.to(ids.device), self.settings.loss_over == "actions"
+        logits = policy.backbone.action_logits(
+            inputs, ids, model=self.model, only_ids=legal if narrow else None
+        ).float()
+        # (B, T, n_symbols); the logits of the other ids are not computed unless the loss is over them
+        over_actions, open_ = logits if narrow else logits[..., legal], policy.legal_mask(ids)
+        if open_ is not None:
+            over_actions = over_actions.masked_fill(~open_, float("-inf"))
+        filled = torch.where(ids < 0, legal[0], ids)  # padded places are never valid
+        if narrow:
+            scores, targets = over_actions, torch.searchsorted(legal, filled)
+        else:
+            scores, targets = logits, filled
+        losses = torch.nn.functional.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="none").view_as(
+            ids
+        )
+        loss = torch.where(valid, losses, 0.0).sum()
+        with torch.no_grad():
+            predicted = legal[over_actions.argmax(-1)]  # (B, T)
+            correct = ((predicted == ids) & valid).sum()
+            l1 = 0.0
+            if policy.codec.per_dimension:
+                decoded, recorded = (policy.codec.decode(x.cpu().numpy())[0] for x in (predicted, ids))
+                l1 = float(np.abs(decoded - recorded).reshape(len(samples), -1)[valid.cpu().numpy()].sum())
+        return PartLoss(loss, np.array([float(loss.detach()), float(correct), l1]), predicted)
+
+
+def drops_state(settings: Settings, position: int) -> bool:
+    """Whether the sample at this position of the training stream is shown without its state."""
+    draw = np.random.Generator(np.random.Philox(key=[settings.seed, position])).random(7)[-1]
+    return bool(draw < settings.state_dropout)
+
+
+def sum_over_ranks(accelerator: Accelerator, values: Sequence[float] | np.ndarray) -> list[float]:
+    """Sums over all processes; float64, so that counts stay exact."""
+    total = accelerator.reduce(torch.tensor([*values], dtype=torch.float64, device=accelerator.device))
+    assert isinstance(total, torch.Tensor)
+    return total.tolist()
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Every generator (python, numpy, torch on CPU and GPU) for one optimiser step of one process.
+
+    Dropout is then a function of (seed, step, rank): a resumed run draws what the uninterrupted one drew, and nothing
+    that happens between two steps can change it.
+    """
+    words = np.random.SeedSequence([seed, step, rank]).generate_state(2)
+    number = int(words[0]) << 32 | int(words[1])
+    random.seed(number)
+    np.random.seed(int(words[1]))
+    torch.manual_seed(number)  # CUDA as well
+
+
+def activate_dropout(model: nn.Module) -> None:
+    """LoRA's own dropout on; all else stays as it is when the policy acts."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and ".lora_dropout." in name:
+            module.train()
+
+
+@contextlib.contextmanager
+def acting(model: nn.Module) -> Iterator[None]:
+    """While inside, every layer is as when the policy acts."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
