@@ -8,9 +8,8 @@ memory is 8 bytes a frame (24 while an epoch of a weighted mixture is drawn) and
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -160,24 +159,6 @@ class ChunkDataset:
                 self._order = (epoch, self.order(epoch))
             found.append(self._order[1][max(position - epoch * size, 0) : position + n - epoch * size])
         return np.concatenate(found or [np.zeros(0, np.int64)])
-
-    def batch_indices(self, position: int, batch_size: int) -> Iterator[np.ndarray]:
-        """Sample numbers batch by batch without end, from `position` on; batches run on across epochs."""
-        while True:
-            yield self.indices(position, batch_size)
-            position += batch_size
-
-    def batches(self, position: int, batch_size: int, workers: int = 0) -> Iterator[list[Sample]]:
-        """Batches without end from `position` (samples consumed); `workers` processes decode ahead, same order."""
-        indices = self.batch_indices(position, batch_size)
-        if workers == 0:
-            while True:
-                yield [self[i] for i in next(indices)]
-        from torch.utils.data import DataLoader
-
-        dataset: Any = self  # DataLoader takes any map-style object, whatever its annotation says
-        batches = (batch.tolist() for batch in indices)
-        yield from DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=list)
 
     def _check_actions(self) -> None:
         first = self.sources[0][1]

@@ -48,10 +48,10 @@ from vla.finetune.sft_eval import Best, free_running_figures, held_out_figures, 
 from vla.finetune.sft_launch import check_launch, is_sharded, refuse_deepspeed, reshard, shard_by_block, whole_number
 from vla.finetune.sft_memory import estimate_step, out_of_memory_said
 from vla.finetune.sft_model import autocast_of, ready_model, restore_scaler, scaler_state
+from vla.finetune.sft_samples import Prepared, training_stream
 from vla.finetune.sft_settings import PRESETS, Settings
 from vla.finetune.sft_setup import build_policy, describe, open_datasets
 from vla.finetune.sft_track import Trackers, check_trackers
-from vla.finetune.statistics import constant_warnings
 from vla.finetune.tokenizer_fit import save_tokenizer
 from vla.finetune.vl_data import CoTraining, read_rows
 from vla.model_card import record_run
@@ -104,7 +104,6 @@ def run(settings: Settings, suite: Suite | None = None) -> Path:
             open_run(settings.out, settings)
             list_bad(settings.out, dataset)
             save_tokenizer(policy.codec.tokenizer, settings.out / TOKENIZER_FOLDER)
-            print("".join(f"note: {line}\n" for line in constant_warnings(statistics)), end="")
         accelerator.wait_for_everyone()
         if not accelerator.is_main_process:  # every rank fits its own, and a learned codec may differ between machines
             policy.codec = dataclasses.replace(policy.codec, tokenizer=load_tokenizer(settings.out / TOKENIZER_FOLDER))
@@ -144,6 +143,10 @@ class Loop:
             self.trackers = Trackers(
                 settings, self.step, json.loads(json.dumps(dataclasses.asdict(settings), default=str))
             )
+        prepared = Prepared(settings, dataset, policy.spec.image)
+        rank, world = accelerator.process_index, accelerator.num_processes
+        batch = settings.batch_size * settings.grad_accumulation * world
+        self.stream = training_stream(prepared, self.position, batch, rank, world)
         self._stop = False
 
     def train(self) -> None:
@@ -190,14 +193,11 @@ class Loop:
 
     def _optimizer_step(self, batch: int) -> dict[str, float]:
         """One optimiser step on the next `batch` samples of the stream."""
-        settings, rank, world = self.settings, self.accelerator.process_index, self.accelerator.num_processes
-        seed_step(settings.seed, self.step, rank)
-        batches, positions = self.batches, np.arange(self.position, self.position + batch)
-        mine = np.stack([self.dataset.indices(self.position, batch), positions], axis=1)[rank::world]
-        samples = [
-            [batches.sample(int(i), int(p)) for i, p in part]
-            for part in np.array_split(mine, settings.grad_accumulation)
-        ]
+        settings, world = self.settings, self.accelerator.num_processes
+        seed_step(settings.seed, self.step, self.accelerator.process_index)
+        batches, mine = self.batches, next(self.stream)
+        parts = np.array_split(np.arange(len(mine)), settings.grad_accumulation)
+        samples = [[mine[k] for k in part] for part in parts]
         targets = [batches.targets(part) for part in samples]
         n_global = sum_over_ranks(self.accelerator, [sum(int(valid.sum()) for _, valid in targets)])[0]
         beside = self.co_training.backward(self.accelerator, self.step) if self.co_training else {}

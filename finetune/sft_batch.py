@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from vla.finetune.augment import augment_observation, uncropped
+from vla.finetune.augment import uncropped
 from vla.finetune.chunks import ChunkDataset, Sample
 from vla.finetune.sft_settings import Settings
 from vla.finetune.sft_setup import observation_of
@@ -46,16 +45,6 @@ class Batches:
         self.settings, self.dataset, self.policy, self.model = settings, dataset, policy, model
         self.training_image = uncropped(policy.spec.image) if settings.augment else None
         """How training frames are given to the model; None: as frames are when the policy acts."""
-
-    def sample(self, index: int, position: int) -> Sample:
-        """A training sample. What is random about it depends on its position in the stream alone."""
-        sample = self.dataset[index]
-        if self.settings.state_dropout and drops_state(self.settings, position):
-            sample = dataclasses.replace(sample, state=None)
-        if not self.settings.augment:
-            return sample
-        seen = augment_observation(observation_of(sample), self.policy.spec.image, self.settings.seed, position)
-        return dataclasses.replace(sample, images=seen.images)
 
     def targets(self, samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
         """(int64 ids (B, T) padded with -1, bool (B, T) tokens that carry loss) of a part of the batch."""
@@ -97,12 +86,6 @@ class Batches:
                 decoded, recorded = (policy.codec.decode(x.cpu().numpy())[0] for x in (predicted, ids))
                 l1 = float(np.abs(decoded - recorded).reshape(len(samples), -1)[valid.cpu().numpy()].sum())
         return PartLoss(loss, np.array([float(loss.detach()), float(correct), l1]), predicted)
-
-
-def drops_state(settings: Settings, position: int) -> bool:
-    """Whether the sample at this position of the training stream is shown without its state."""
-    draw = np.random.Generator(np.random.Philox(key=[settings.seed, position])).random(7)[-1]
-    return bool(draw < settings.state_dropout)
 
 
 def sum_over_ranks(accelerator: Accelerator, values: Sequence[float] | np.ndarray) -> list[float]:

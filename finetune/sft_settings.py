@@ -48,6 +48,8 @@ class Settings:
     random crops, and is left out in training."""
     cache_images: bool = True
     """Decode every frame once, before training, and keep it in memory; else as needed. The samples are the same."""
+    data_workers: int = 0
+    """Processes that prepare samples ahead, for training on a GPU without --cache-images. The samples are the same."""
     horizon: int = 8
     """Actions per chunk."""
     state: bool = True
@@ -167,6 +169,9 @@ class Settings:
     """Show settings, parameters and one decoded batch, then stop."""
 
     def __post_init__(self) -> None:
+        if self.data_workers and self.skip_bad:
+            raise problem("--data-workers with --skip-bad", "one of them: what a worker leaves out could not be listed",
+                          "write a clean dataset first: `vla data convert --skip-bad`")  # fmt: skip
         if self.resume and self.overwrite:
             raise problem("--resume and --overwrite", "one of them", "drop one")
         if self.frames_turned and not self.protocol:

@@ -1,19 +1,24 @@
 from __future__ import annotations
 
 import tracemalloc
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from episodes import WRITER, make_episode
 from sources import ArraySource, toy_source
+from training import sft_settings
 
 from vla.finetune import chunks
 from vla.finetune.chunks import ChunkDataset, Sample, epoch_order, holdout_split
 from vla.finetune.lerobot_reader import LeRobotReader
 from vla.finetune.lerobot_writer import LeRobotWriter
+from vla.finetune.sft_samples import Prepared, training_stream
 from vla.finetune.source import Span
+from vla.spec import ImageSpec
 from vla.types import VlaError
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -30,7 +35,7 @@ def toy(tmp_path_factory) -> LeRobotReader:
 
 def same(a: Sample, b: Sample) -> bool:
     images = a.images.keys() == b.images.keys() and all((a.images[c] == b.images[c]).all() for c in a.images)
-    arrays = all((x == y).all() for x, y in ((a.actions, b.actions), (a.is_pad, b.is_pad), (a.state, b.state)))
+    arrays = all(np.array_equal(x, y) for x, y in ((a.actions, b.actions), (a.is_pad, b.is_pad), (a.state, b.state)))
     return images and arrays and (a.instruction, a.dataset) == (b.instruction, b.dataset)
 
 
@@ -64,14 +69,30 @@ def test_order_is_a_permutation_and_fixed():
     assert epoch_order(8, 0, 0).tolist() == [2, 4, 3, 6, 5, 0, 1, 7]  # a saved run must find its order again
 
 
+def batches(dataset: ChunkDataset, position: int, **changes: Any) -> Iterator[list[Sample]]:
+    """As `vla finetune` takes them, four at a time."""
+    settings = sft_settings(Path("."), **changes)
+    return training_stream(Prepared(settings, dataset, ImageSpec(dataset.cameras, 32)), position, 4)
+
+
+def test_workers_change_neither_augmentation_nor_ranks(toy):
+    dataset = ChunkDataset([("toy", toy)], 2, seed=5)
+    for rank in range(2):
+        streams = []
+        for workers in (0, 2):
+            settings = sft_settings(Path("."), augment=True, crop_area=0.9, state_dropout=0.5, data_workers=workers)
+            prepared = Prepared(settings, dataset, ImageSpec(dataset.cameras, 32, crop_area=0.9))
+            streams.append(training_stream(prepared, 3, 6, rank, 2))
+        for a, b in islice(zip(*streams, strict=True), 4):
+            assert len(a) == 3 and all(same(x, y) for x, y in zip(a, b, strict=True))
+
+
 def test_any_position_continues_the_same_stream(toy):
     dataset = ChunkDataset([("toy", toy)], 2, seed=5)
     n = len(dataset)
     stream = np.concatenate([epoch_order(n, 5, e) for e in range(4)])
     for position, size in ((0, 3), (n - 1, 3), (7, n), (0, 3 * n), (n, 1), (2 * n + 3, 11)):
         np.testing.assert_array_equal(dataset.indices(position, size), stream[position : position + size])
-    batches = list(islice(dataset.batch_indices(4, 6), 5))
-    np.testing.assert_array_equal(np.concatenate(batches), stream[4:34])
 
 
 @pytest.mark.parametrize("source", ["toy", "lerobot_v3_video"])
@@ -79,8 +100,7 @@ def test_workers_change_nothing(toy, source):
     reader = toy if source == "toy" else LeRobotReader(FIXTURES / source)
     dataset = ChunkDataset([("d", reader)], 3, seed=1)
     dataset[0]  # decoders are open when the workers are forked
-    alone, helped = dataset.batches(3, 4), dataset.batches(3, 4, workers=2)
-    for a, b in islice(zip(alone, helped, strict=True), 12):
+    for a, b in islice(zip(batches(dataset, 3), batches(dataset, 3, data_workers=2), strict=True), 12):
         assert all(same(x, y) for x, y in zip(a, b, strict=True))
 
 
@@ -197,7 +217,7 @@ def test_ranks_workers_and_restarts_see_one_stream(options):
     np.testing.assert_array_equal(np.stack(ranks, 1).reshape(-1), one)
     again = ChunkDataset(sources, 2, ("c=front|image_0",), seed=7, holdout_episodes=1, **options)
     np.testing.assert_array_equal(again.indices(41, 60), one[41:101])
-    for a, b in islice(zip(dataset.batches(5, 4), again.batches(5, 4, workers=2), strict=True), 6):
+    for a, b in islice(zip(batches(dataset, 5), batches(again, 5, data_workers=2), strict=True), 6):
         assert all(same(x, y) for x, y in zip(a, b, strict=True))
 
 

@@ -102,6 +102,13 @@ def test_resume_after_kill_9_is_bit_identical(folder, straight):
         }
 
 
+def test_workers_that_prepare_samples_change_nothing(folder, straight):
+    result = sft.run(sft_settings(folder, out=folder / "helped", data_workers=2, cache_images=False))
+    assert adapter_hash(result) == adapter_hash(straight)
+    with pytest.raises(VlaError, match="--data-workers with --skip-bad; expected one of them"):
+        sft_settings(folder, data_workers=2, skip_bad=True)
+
+
 def test_sigterm_saves_and_exits_0(folder, straight):
     code = KILLED.format(tests=str(Path(__file__).parent), folder=str(folder)).replace(
         'sft.save_checkpoint = save_then_die', 'step = sft.Loop._optimizer_step\n'

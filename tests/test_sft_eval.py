@@ -20,8 +20,8 @@ from vla.cli import main
 from vla.files import append_jsonl, read_jsonl
 from vla.finetune import sft, sft_eval
 from vla.finetune.curves import curves_page
-from vla.finetune.sft_batch import drops_state
 from vla.finetune.sft_eval import Best, success_figures
+from vla.finetune.sft_samples import drops_state
 from vla.finetune.sft_setup import observation_of, open_datasets
 from vla.inputs import UNKNOWN_STATE, prepare_prompt
 from vla.policy import load_policy
