@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vla.files import write_text
+from vla.finetune.agreement import LAST, gripper_index
 from vla.finetune.inspect_page import by_instruction, inspect_page
 from vla.finetune.open_source import open_source
 from vla.finetune.source import FrameSource
@@ -53,7 +54,8 @@ def run(settings: Settings) -> FrameSource:
         n = [source.episodes[i].stop - source.episodes[i].start for i in episodes]
         tasks.add_row(instruction, str(len(n)), f"{min(n)}, {np.mean(n):.1f}, {max(n)}")
     console.print(tasks)
-    console.print(ranges_table(dataset_statistics(source)["action"], source.action_names))
+    entry = dataset_statistics(source, gripper_index(LAST, [source]))["action"]
+    console.print(ranges_table(entry, source.action_names))
     if settings.out is not None:
         write_text(settings.out, inspect_page(source, settings.samples, settings.rotation_deg))
         print(f"page: {settings.out}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from vla.finetune import collect
+from vla.finetune.agreement import LAST, gripper_index
 from vla.finetune.cache_format import CACHE_JSON
 from vla.finetune.data_inspect import ranges_table
 from vla.finetune.lerobot_format import INFO_PATH
@@ -30,7 +31,7 @@ class StatsSettings:
     out: Path | None = None
     """File to write; not given: dataset_statistics.json in the dataset's folder, if it is one LeRobot dataset or cache."""
     gripper: str | None = None
-    """Name of the action dimension that is left un-normalised; not given: the one called "gripper", if there is one."""
+    """Name of the action dimension that is left un-normalised; not given: as `vla finetune` finds it."""
 
 
 def run_collect(settings: CollectSettings, suite: Suite) -> collect.Collected:
@@ -68,5 +69,4 @@ def _gripper_dim(source: FrameSource, name: str | None) -> int | None:
     names = source.action_names
     if name is not None and name not in names:
         raise problem(f"gripper {name!r}", f"one of {', '.join(names)}", "name an action dimension of the data")
-    wanted = name or "gripper"
-    return names.index(wanted) if wanted in names else None
+    return gripper_index(LAST if name is None else names.index(name), [source])
