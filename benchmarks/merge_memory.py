@@ -32,15 +32,15 @@ WAYS = ("libraries", "tensor by tensor", "whole, bfloat16", "whole, float32")
 @dataclass(frozen=True)
 class Settings:
     layers: int = 12
-    # Of the language model.
+    """Of the language model."""
     hidden: int = 1024
-    # Its width.
+    """Its width."""
     shard: str = "100MB"
-    # Largest file of the base.
+    """Largest file of the base."""
     way: str = ""
-    # Internal: what a child process does.
+    """Internal: what a child process does."""
     folder: Path = Path()
-    # Internal: where the base is.
+    """Internal: where the base is."""
 
 
 def write_base(settings: Settings, folder: Path) -> None:

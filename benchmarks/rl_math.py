@@ -20,19 +20,19 @@ from vla.finetune import rl_math
 @dataclass(frozen=True)
 class Settings:
     tokens: int = 1792
-    # Action tokens in the micro-batch.
+    """Action tokens in the micro-batch."""
     hidden: int = 512
-    # Width of the last hidden state.
+    """Width of the last hidden state."""
     vocab: int = 32064
-    # Rows of the output head.
+    """Rows of the output head."""
     repeats: int = 5
-    # Interleaved A/B repeats; the median is reported.
+    """Interleaved A/B repeats; the median is reported."""
     episodes: int = 512
-    # Rows of the host-side update (advantage, mask, loss, gradient).
+    """Rows of the host-side update (advantage, mask, loss, gradient)."""
     episode_tokens: int = 3584
-    # Tokens of one episode: 64 queries x 8 actions x 7 dimensions.
+    """Tokens of one episode: 64 queries x 8 actions x 7 dimensions."""
     threads: int = 1
-    # Torch threads.
+    """Torch threads."""
 
 
 def cpu_ms(function: Callable[[], object]) -> float:
