@@ -150,8 +150,8 @@ def test_openvla_7b_fits_consumer_gpus():
     assert _peak_7b("qlora", True, "paged_adamw8bit").peak_bytes < 10e9
     lora = _peak_7b("lora", True, "adamw")
     assert lora.peak_bytes < 18e9
-    n_published = 7_541_237_184
-    assert lora.parts["frozen weights"] == pytest.approx(2 * n_published, rel=1e-4)
+    n_published, n_kept = 7_541_237_184, 2 * 256 * 4096  # PEFT keeps the action rows of embedding and head as they were
+    assert lora.parts["frozen weights"] == pytest.approx(2 * (n_published + n_kept), abs=4096)  # and small buffers
 
 
 def test_openvla_is_estimated_without_its_weights():
