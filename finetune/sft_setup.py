@@ -61,8 +61,8 @@ def build_policy(
     """
     reader = dataset.readers[0]
     names = tuple(reader.action_names)
-    physical = takes_physical_units(settings.tokenizer)
-    gripper = None if physical else gripper_index(settings.gripper_dim, dataset.readers)
+    mask = statistics[dataset.sources[0][0]]["action"]["mask"]  # the same for every dataset
+    gripper = mask.index(False) if mask.count(False) == 1 else None  # a scheme of recorded numbers normalises none
     convention = settings.gripper_convention or reader.gripper
     action = ActionSpec(names, settings.horizon, settings.delta, gripper, convention, control_hz=reader.fps)
     if settings.protocol and gripper is not None and min(s.actions()[:, gripper].min() for s in dataset.readers) >= 0:

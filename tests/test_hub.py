@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import pickle
@@ -118,23 +119,30 @@ class Answer(BaseHTTPRequestHandler):
         self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
 
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    for kind in ("v21_image", "v21_video", "v3_video", "v3_image"):
-        shutil.copytree(FIXTURES / f"lerobot_{kind}", tmp_path / "hub/toy" / kind)
-    server = Hub(tmp_path / "hub")
+@contextlib.contextmanager
+def running(server, monkeypatch, cache: Path):
+    """While inside, `server` is the Hub and `cache` holds what is downloaded from it."""
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "ENDPOINT", server.address)
     monkeypatch.setattr(
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.address + "/{repo_id}/resolve/{revision}/{filename}"
     )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # conftest sets it
     yield server
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    for kind in ("v21_image", "v21_video", "v3_video", "v3_image"):
+        shutil.copytree(FIXTURES / f"lerobot_{kind}", tmp_path / "hub/toy" / kind)
+    server = Hub(tmp_path / "hub")
+    with running(server, monkeypatch, tmp_path / "cache"):
+        yield server
 
 
 def cached_blobs(tmp_path: Path) -> int:

@@ -6,7 +6,6 @@ import base64
 import hashlib
 import json
 import shutil
-import threading
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -14,7 +13,7 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 from huggingface_hub import ModelCard
-from test_hub import COMMIT, Answer, Hub
+from test_hub import COMMIT, Answer, Hub, running
 from test_policy import STATISTICS, make, observations
 
 from vla import cli, merge, push
@@ -132,20 +131,10 @@ class ModelAnswer(Answer):
 def hub(tmp_path, monkeypatch):
     (tmp_path / "hub").mkdir()
     server = ModelHub(tmp_path / "hub")
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "ENDPOINT", server.address)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.address + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # conftest sets it
     monkeypatch.setenv("HF_TOKEN", server.token)
     monkeypatch.chdir(tmp_path)
-    yield server
-    server.shutdown()
-    server.server_close()
+    with running(server, monkeypatch, tmp_path / "cache"):
+        yield server
 
 
 @pytest.fixture(scope="module")

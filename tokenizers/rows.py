@@ -32,13 +32,18 @@ def finite_chunks(chunks: np.ndarray, horizon: int | None = None, dim: int | Non
         raise ActionEncodeError(
             f"got actions of dtype {values.dtype}; expected float32 or float64; fix: convert them first"
         )
+    check_finite(values)
+    return values
+
+
+def check_finite(values: np.ndarray) -> None:
+    """`ActionEncodeError` that counts the NaN and infinite values of actions (...) and says where the first is."""
     if not np.isfinite(values).all():
         bad = np.argwhere(~np.isfinite(values))
         raise ActionEncodeError(
             f"got {len(bad)} action values that are NaN or infinite, the first at index {tuple(bad[0].tolist())}; "
             "expected finite numbers; fix: drop those steps, or check the normalisation statistics for a zero range"
         )
-    return values
 
 
 def padded(rows: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:

@@ -25,6 +25,7 @@ import numpy as np
 from vla.files import write_json
 from vla.tokenizers.grammar import FixedGrammar
 from vla.tokenizers.protocol import PAD, ActionEncodeError
+from vla.tokenizers.rows import check_finite
 from vla.tokenizers.schemes import FILE, field_of, read_scheme
 from vla.types import ActionDecodeError, problem
 
@@ -128,12 +129,7 @@ class UniformTokenizer:
             raise ActionEncodeError(
                 f"got actions of dtype {values.dtype}; expected float32 or float64; fix: convert them first"
             )
-        if not np.isfinite(values).all():
-            bad = np.argwhere(~np.isfinite(values))
-            raise ActionEncodeError(
-                f"got {len(bad)} action values that are NaN or infinite, the first at index {tuple(bad[0].tolist())}; "
-                "expected finite numbers; fix: drop those steps, or check the normalisation statistics for a zero range"
-            )
+        check_finite(values)
         if self.mode == "edges":
             clipped = np.clip(values.astype(np.float64, copy=False), self.low, self.high)
             return np.floor((clipped - self.low) * ((self.bins - 1) / (self.high - self.low)) + 0.5).astype(np.int64)
