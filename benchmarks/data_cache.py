@@ -21,12 +21,12 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from vla.finetune.cache_format import CacheSettings
-from vla.finetune.cache_reader import CacheReader
-from vla.finetune.cache_writer import CacheWriter
-from vla.finetune.lerobot_reader import LeRobotReader
-from vla.finetune.lerobot_writer import LeRobotWriter
-from vla.finetune.source import FrameSource
+from vla.finetune.formats.cache_format import CacheSettings
+from vla.finetune.formats.cache_reader import CacheReader
+from vla.finetune.formats.cache_writer import CacheWriter
+from vla.finetune.formats.lerobot_reader import LeRobotReader
+from vla.finetune.formats.lerobot_writer import LeRobotWriter
+from vla.finetune.formats.source import FrameSource
 from vla.types import Episode, Observation, Step, problem
 
 

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 import tyro
 
-from vla.finetune.chunks import ChunkDataset, Sample
-from vla.finetune.lerobot_reader import LeRobotReader
-from vla.finetune.lerobot_writer import LeRobotWriter
+from vla.finetune.data.chunks import ChunkDataset, Sample
+from vla.finetune.formats.lerobot_reader import LeRobotReader
+from vla.finetune.formats.lerobot_writer import LeRobotWriter
 from vla.types import Episode, Observation, Step, problem
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from vla.finetune.rlds_reader import RldsReader
+from vla.finetune.formats.rlds_reader import RldsReader
 from vla.types import problem
 
 

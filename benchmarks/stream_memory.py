@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from vla.finetune.open_source import open_sources
-from vla.finetune.stream import SourceEpisodes, StreamMixture
+from vla.finetune.data.open_source import open_sources
+from vla.finetune.data.stream import SourceEpisodes, StreamMixture
 from vla.types import Episode, Observation, Step
 
 

@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from vla.files import write_json
 from vla.finetune.demonstrate import demonstrate, demonstrate_without_noops
-from vla.finetune.lerobot_reader import LeRobotReader
-from vla.finetune.lerobot_writer import LeRobotWriter
+from vla.finetune.formats.lerobot_reader import LeRobotReader
+from vla.finetune.formats.lerobot_writer import LeRobotWriter
 from vla.progress import Progress
 from vla.types import Env, Episode, Policy, Suite, Task, VlaError, problem
 

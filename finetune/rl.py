@@ -31,7 +31,7 @@ import torch
 from vla.files import append_jsonl
 from vla.finetune.checkpoint import load_checkpoint, save_checkpoint, trainable
 from vla.finetune.curves import plot_curves
-from vla.finetune.group_sampler import GroupSampler, SkipMemory
+from vla.finetune.data.group_sampler import GroupSampler, SkipMemory
 from vla.finetune.rl_math import mean_metrics, policy_loss, query_mask, rloo, slice_logprobs, unit_weights
 from vla.finetune.run_folder import cut_metrics, open_run
 from vla.policy import LocalPolicy, load_policy

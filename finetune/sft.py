@@ -29,7 +29,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from vla.files import append_jsonl
-from vla.finetune.bad_list import bad_summary, list_bad
 from vla.finetune.checkpoint import (
     disk_full_said,
     gathered_weights,
@@ -39,8 +38,10 @@ from vla.finetune.checkpoint import (
     save_checkpoint,
     trainable,
 )
-from vla.finetune.chunks import ChunkDataset
 from vla.finetune.curves import curves_page, plot_curves
+from vla.finetune.data.chunks import ChunkDataset
+from vla.finetune.data.vl_data import CoTraining, read_rows
+from vla.finetune.formats.bad_list import bad_summary, list_bad
 from vla.finetune.optimizers import make_optimizer
 from vla.finetune.run_folder import cut_metrics, open_run
 from vla.finetune.sft_batch import Batches, acting, activate_dropout, seed_step, sum_over_ranks
@@ -53,7 +54,6 @@ from vla.finetune.sft_settings import PRESETS, Settings
 from vla.finetune.sft_setup import build_policy, describe, open_datasets
 from vla.finetune.sft_track import Trackers, check_trackers
 from vla.finetune.tokenizer_fit import save_tokenizer
-from vla.finetune.vl_data import CoTraining, read_rows
 from vla.model_card import record_run
 from vla.policy import LocalPolicy
 from vla.progress import Progress

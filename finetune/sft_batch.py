@@ -13,8 +13,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from vla.finetune.augment import uncropped
-from vla.finetune.chunks import ChunkDataset, Sample
+from vla.finetune.data.augment import uncropped
+from vla.finetune.data.chunks import ChunkDataset, Sample
 from vla.finetune.sft_settings import Settings
 from vla.finetune.sft_setup import observation_of
 from vla.policy import LocalPolicy

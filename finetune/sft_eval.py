@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from vla.finetune.chunks import Sample
+from vla.finetune.data.chunks import Sample
 from vla.finetune.sft_batch import Batches, sum_over_ranks
 from vla.finetune.sft_setup import observation_of
 from vla.normalize import action_normalizer

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from vla.finetune.augment import uncropped
-from vla.finetune.chunks import ChunkDataset
+from vla.finetune.data.augment import uncropped
+from vla.finetune.data.chunks import ChunkDataset
 from vla.finetune.optimizers import state_bytes
 from vla.finetune.sft_model import out_of_memory
 from vla.finetune.sft_settings import Settings

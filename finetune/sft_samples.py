@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader
 
-from vla.finetune.augment import augment_observation
-from vla.finetune.chunks import ChunkDataset, Sample
+from vla.finetune.data.augment import augment_observation
+from vla.finetune.data.chunks import ChunkDataset, Sample
 from vla.finetune.sft_settings import Settings
 from vla.finetune.sft_setup import observation_of
 from vla.spec import ImageSpec

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from vla.adapters import parameter_counts
-from vla.finetune.agreement import check_agreement, common_cameras, doubts, gripper_index
-from vla.finetune.chunks import ChunkDataset, Sample, holdout_split
-from vla.finetune.open_source import open_sources
+from vla.finetune.data.agreement import check_agreement, common_cameras, doubts, gripper_index
+from vla.finetune.data.chunks import ChunkDataset, Sample, holdout_split
+from vla.finetune.data.open_source import open_sources
+from vla.finetune.data.statistics import constant_warnings, dataset_statistics
+from vla.finetune.formats.source import FrameSource
 from vla.finetune.sft_settings import Settings
-from vla.finetune.source import FrameSource
-from vla.finetune.statistics import constant_warnings, dataset_statistics
 from vla.finetune.tokenizer_fit import action_tokenizer, normalized_chunks, takes_physical_units
 from vla.libero_protocol import action_fields, get_protocol, image_spec
 from vla.policy import LocalPolicy, create_policy

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from vla.files import swap_folder
-from vla.finetune.source import EpisodeSpan
+from vla.finetune.formats.source import EpisodeSpan
 from vla.normalize import Statistics, action_normalizer
 from vla.progress import Progress
 from vla.tokenizers.fast import FastTokenizer
@@ -26,7 +26,7 @@ WITH_BINS = ("uniform", "quantile")
 
 
 class ActionSource(Protocol):
-    """What is needed of a `vla.finetune.source.FrameSource`."""
+    """What is needed of a `vla.finetune.formats.source.FrameSource`."""
 
     @property
     def action_dim(self) -> int: ...

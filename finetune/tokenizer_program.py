@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 from vla.files import write_bytes, write_json
-from vla.finetune.agreement import gripper_index
-from vla.finetune.chunks import holdout_split
-from vla.finetune.open_source import open_source
-from vla.finetune.source import FrameSource
-from vla.finetune.statistics import dataset_statistics
+from vla.finetune.data.agreement import gripper_index
+from vla.finetune.data.chunks import holdout_split
+from vla.finetune.data.open_source import open_source
+from vla.finetune.data.statistics import dataset_statistics
+from vla.finetune.formats.source import FrameSource
 from vla.finetune.tokenizer_fit import MAX_CHUNKS, fit_shown, normalized_chunks, save_tokenizer, takes_physical_units
 from vla.finetune.tokenizer_measure import Measured, measure, plot
 from vla.normalize import ActionNormalizer, action_normalizer

@@ -10,7 +10,7 @@ import numpy as np
 from training import sft_settings, tiny_backbone
 
 from vla.finetune import sft
-from vla.finetune.lerobot_writer import LeRobotWriter
+from vla.finetune.formats.lerobot_writer import LeRobotWriter
 from vla.types import Episode, Observation, Policy, Step, Task, VlaError
 
 ACTIONS = ("dx", "dy", "dz", "gripper")

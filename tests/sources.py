@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vla.finetune.source import FrameSource, Span
+from vla.finetune.formats.source import FrameSource, Span
 from vla.types import VlaError
 
 ARM = ("dx", "dy", "dz", "drx", "dry", "drz", "gripper")

@@ -10,10 +10,10 @@ import pytest
 from sources import ArraySource
 from training import sft_settings
 
-from vla.finetune.agreement import check_agreement, common_cameras, doubts, gripper_index
-from vla.finetune.lerobot_reader import LeRobotReader
+from vla.finetune.data.agreement import check_agreement, common_cameras, doubts, gripper_index
+from vla.finetune.data.statistics import constant_warnings, dataset_statistics
+from vla.finetune.formats.lerobot_reader import LeRobotReader
 from vla.finetune.sft_setup import open_datasets
-from vla.finetune.statistics import constant_warnings, dataset_statistics
 from vla.types import VlaError
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vla.finetune import augment as module
-from vla.finetune.augment import Augmentation, augment, augment_observation, draw_augmentations, uncropped
+from vla.finetune.data import augment as module
+from vla.finetune.data.augment import Augmentation, augment, augment_observation, draw_augmentations, uncropped
 from vla.inputs import prepare_image
 from vla.resample import crop_and_resize
 from vla.spec import ImageSpec

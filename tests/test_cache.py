@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from sources import ArraySource, toy_source
 
-from vla.finetune.cache_format import DECODERS, CacheSettings, encode_jpeg, npy_header
-from vla.finetune.cache_reader import CacheReader
-from vla.finetune.cache_verify import verify_cache
-from vla.finetune.cache_writer import CacheWriter
-from vla.finetune.source import FrameSource
+from vla.finetune.formats.cache_format import DECODERS, CacheSettings, encode_jpeg, npy_header
+from vla.finetune.formats.cache_reader import CacheReader
+from vla.finetune.formats.cache_verify import verify_cache
+from vla.finetune.formats.cache_writer import CacheWriter
+from vla.finetune.formats.source import FrameSource
 from vla.inputs import prepare_image
 from vla.spec import ImageSpec
 from vla.types import VlaError
@@ -155,9 +155,9 @@ WRITE_SLOWLY = """
 import sys, time
 sys.path.insert(0, {tests!r})
 from sources import ArraySource, toy_source
-from vla.finetune.cache_format import CacheSettings
-from vla.finetune.cache_verify import verify_cache
-from vla.finetune.cache_writer import CacheWriter
+from vla.finetune.formats.cache_format import CacheSettings
+from vla.finetune.formats.cache_verify import verify_cache
+from vla.finetune.formats.cache_writer import CacheWriter
 source = toy_source(6, 5)
 writer = CacheWriter(sys.argv[1], source, CacheSettings())
 for k in range(6):

@@ -12,12 +12,12 @@ from episodes import WRITER, make_episode
 from sources import ArraySource, toy_source
 from training import sft_settings
 
-from vla.finetune import chunks
-from vla.finetune.chunks import ChunkDataset, Sample, epoch_order, holdout_split
-from vla.finetune.lerobot_reader import LeRobotReader
-from vla.finetune.lerobot_writer import LeRobotWriter
+from vla.finetune.data import chunks
+from vla.finetune.data.chunks import ChunkDataset, Sample, epoch_order, holdout_split
+from vla.finetune.formats.lerobot_reader import LeRobotReader
+from vla.finetune.formats.lerobot_writer import LeRobotWriter
+from vla.finetune.formats.source import Span
 from vla.finetune.sft_samples import Prepared, training_stream
-from vla.finetune.source import Span
 from vla.spec import ImageSpec
 from vla.types import VlaError
 

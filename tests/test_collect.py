@@ -13,8 +13,8 @@ from episodes import WRITER, assert_same_episode, make_episode
 from test_lerobot_reader import tree_hash
 
 from vla.finetune.collect import Settings, run
-from vla.finetune.lerobot_reader import LeRobotReader
-from vla.finetune.lerobot_writer import LeRobotWriter
+from vla.finetune.formats.lerobot_reader import LeRobotReader
+from vla.finetune.formats.lerobot_writer import LeRobotWriter
 from vla.types import ActionChunk, Observation, Task, problem
 
 

@@ -14,14 +14,14 @@ from sources import ArraySource, toy_source
 from test_lerobot_reader import FIXTURES, VIDEO, tree_hash
 
 from vla.cli import parse
-from vla.finetune import data_convert
-from vla.finetune.cache_reader import CacheReader
-from vla.finetune.data_convert import Settings, bad_path, convert, run
-from vla.finetune.dataset_check import check_dataset
-from vla.finetune.lerobot_reader import LeRobotReader
-from vla.finetune.lerobot_writer import LeRobotWriter
-from vla.finetune.rlds_reader import RldsReader
-from vla.finetune.subset_source import SubsetSource, parse_range
+from vla.finetune.data import data_convert
+from vla.finetune.data.data_convert import Settings, bad_path, convert, run
+from vla.finetune.data.dataset_check import check_dataset
+from vla.finetune.data.subset_source import SubsetSource, parse_range
+from vla.finetune.formats.cache_reader import CacheReader
+from vla.finetune.formats.lerobot_reader import LeRobotReader
+from vla.finetune.formats.lerobot_writer import LeRobotWriter
+from vla.finetune.formats.rlds_reader import RldsReader
 from vla.types import VlaError
 
 RLDS = FIXTURES / "rlds/tiny_arm/1.0.0"

@@ -9,10 +9,10 @@ import pytest
 from sources import arm_source, toy_source
 
 from vla.cli import parse
-from vla.finetune import data_filter
-from vla.finetune.data_filter import Settings, choose, run
-from vla.finetune.dataset_lint import idle_frames, state_ranges
-from vla.finetune.lerobot_reader import LeRobotReader
+from vla.finetune.data import data_filter
+from vla.finetune.data.data_filter import Settings, choose, run
+from vla.finetune.data.dataset_lint import idle_frames, state_ranges
+from vla.finetune.formats.lerobot_reader import LeRobotReader
 from vla.types import VlaError
 
 

@@ -6,9 +6,9 @@ import re
 import pytest
 
 from vla import cli
-from vla.finetune.data_list import Settings, describe, run
-from vla.finetune.oxe import mixture
-from vla.finetune.oxe_configs import DATASETS
+from vla.finetune.data.data_list import Settings, describe, run
+from vla.finetune.oxe.configs import DATASETS
+from vla.finetune.oxe.registry import mixture
 from vla.types import VlaError
 
 

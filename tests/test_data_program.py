@@ -14,20 +14,20 @@ from test_hdf5_reader import change
 from test_hdf5_reader import write as write_hdf5
 from test_lerobot_reader import FIXTURES, IMAGE, VIDEO, tree_hash
 
-from vla.finetune.data_check import Settings as CheckSettings
-from vla.finetune.data_check import run as run_check
-from vla.finetune.data_convert import Settings as ConvertSettings
-from vla.finetune.data_convert import run as convert
-from vla.finetune.data_filter import Settings as FilterSettings
-from vla.finetune.data_filter import run as run_filter
-from vla.finetune.data_inspect import Settings as InspectSettings
-from vla.finetune.data_inspect import run as run_inspect
-from vla.finetune.data_program import CollectSettings, StatsSettings, run_collect, run_stats
-from vla.finetune.dataset_check import check_dataset
-from vla.finetune.lerobot_format import encode_png
-from vla.finetune.lerobot_reader import LeRobotReader
-from vla.finetune.lerobot_writer import LeRobotWriter
-from vla.finetune.statistics import read_statistics
+from vla.finetune.data.data_check import Settings as CheckSettings
+from vla.finetune.data.data_check import run as run_check
+from vla.finetune.data.data_convert import Settings as ConvertSettings
+from vla.finetune.data.data_convert import run as convert
+from vla.finetune.data.data_filter import Settings as FilterSettings
+from vla.finetune.data.data_filter import run as run_filter
+from vla.finetune.data.data_inspect import Settings as InspectSettings
+from vla.finetune.data.data_inspect import run as run_inspect
+from vla.finetune.data.data_program import CollectSettings, StatsSettings, run_collect, run_stats
+from vla.finetune.data.dataset_check import check_dataset
+from vla.finetune.data.statistics import read_statistics
+from vla.finetune.formats.lerobot_format import encode_png
+from vla.finetune.formats.lerobot_reader import LeRobotReader
+from vla.finetune.formats.lerobot_writer import LeRobotWriter
 from vla.testing import FakeSuite
 from vla.types import VlaError
 

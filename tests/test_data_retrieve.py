@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from sources import ArraySource, toy_source
 
-from vla.finetune import data_retrieve
-from vla.finetune.data_retrieve import Settings, Vision, retrieve, run, similarity
-from vla.finetune.lerobot_reader import LeRobotReader
+from vla.finetune.data import data_retrieve
+from vla.finetune.data.data_retrieve import Settings, Vision, retrieve, run, similarity
+from vla.finetune.formats.lerobot_reader import LeRobotReader
 from vla.types import VlaError
 
 NEAR = (2, 5, 7)

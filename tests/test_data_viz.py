@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 from sources import arm_source, toy_source
 
-from vla.finetune import data_viz
-from vla.finetune.data_viz import CURVES_HEIGHT_PX, Settings, curves_svg, run
+from vla.finetune.data import data_viz
+from vla.finetune.data.data_viz import CURVES_HEIGHT_PX, Settings, curves_svg, run
 from vla.types import VlaError
 
 

@@ -11,7 +11,7 @@ import pytest
 from training import fake_dataset
 
 from vla import cli
-from vla.finetune.open_source import open_source
+from vla.finetune.data.open_source import open_source
 from vla.tokenizers.fast import FastTokenizer
 from vla.tokenizers.schemes import load_tokenizer
 

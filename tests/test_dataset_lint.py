@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from sources import ArraySource, arm_source, toy_source
 
-from vla.finetune.data_quality import measure_quality
-from vla.finetune.dataset_check import Finding, check_source
-from vla.finetune.dataset_lint import CHECKS, Limits, idle_frames, lint, longest_run, state_ranges
+from vla.finetune.data.data_quality import measure_quality
+from vla.finetune.data.dataset_check import Finding, check_source
+from vla.finetune.data.dataset_lint import CHECKS, Limits, idle_frames, lint, longest_run, state_ranges
+from vla.finetune.data.gripper_lint import check_gripper, gripper_dim
 from vla.finetune.demonstrate import noops
-from vla.finetune.gripper_lint import check_gripper, gripper_dim
 
 
 def found(source: ArraySource, check: str, **options) -> list[Finding]:

@@ -10,7 +10,7 @@ import pytest
 
 from vla.finetune.collect import Settings, run
 from vla.finetune.demonstrate import demonstrate, demonstrate_without_noops, noops, repeat
-from vla.finetune.lerobot_reader import LeRobotReader
+from vla.finetune.formats.lerobot_reader import LeRobotReader
 from vla.types import ActionChunk, Observation, Task, VlaError
 
 TASK = Task("lift", "lift the box", 30)

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from doctoring import ACTIONS, STATES, ToySuite, toy_dataset, toy_episode, toy_policy
 
-from vla import cli, doctor
-from vla.doctor_actions import closing_sign
-from vla.doctor_finding import CHECKS, Finding
+from vla import cli
+from vla.doctor import program as doctor
+from vla.doctor.actions import closing_sign
+from vla.doctor.finding import CHECKS, Finding
 from vla.files import write_json
 from vla.types import Episode, VlaError
 
@@ -271,7 +272,7 @@ def test_strict_names_what_is_wrong(ask) -> None:
 def test_an_adapter_that_changes_nothing_is_named(folder: Path, tmp_path: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
-    from vla.doctor_weights import check_weights, largest_update
+    from vla.doctor.weights import check_weights, largest_update
 
     policy = shutil.copytree(folder / "run" / "policy", tmp_path / "policy")
     file = policy / "adapter" / "adapter_model.safetensors"
@@ -283,7 +284,7 @@ def test_an_adapter_that_changes_nothing_is_named(folder: Path, tmp_path: Path) 
 
 def test_merged_weights_are_compared_with_their_adapter(folder: Path, tmp_path: Path, monkeypatch) -> None:
     from vla import merge
-    from vla.doctor_weights import parent_agreement
+    from vla.doctor.weights import parent_agreement
     from vla.policy import load_policy
 
     merge.run(merge.Settings(folder / "run" / "policy", tmp_path / "merged"))

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vla.doctor_actions import check_delta, check_double_delta, check_gripper_polarity, check_gripper_threshold
-from vla.doctor_evidence import DataView, Predictions
-from vla.doctor_finding import Finding
-from vla.doctor_images import (
+from vla.doctor.actions import check_delta, check_double_delta, check_gripper_polarity, check_gripper_threshold
+from vla.doctor.evidence import DataView, Predictions
+from vla.doctor.finding import Finding
+from vla.doctor.images import (
     check_cameras,
     check_crop,
     check_filter,
@@ -20,11 +20,11 @@ from vla.doctor_images import (
     check_rotation,
     check_simulator_frames,
 )
-from vla.doctor_inputs import check_axis_angle, check_instruction_matters, check_state_source, rotation_dims
-from vla.doctor_predictions import check_predictions, check_token_accuracy, check_undecodable
-from vla.doctor_protocol import check_horizon, check_max_steps, check_replan, check_replay, check_settle_steps
-from vla.doctor_statistics import check_dataset_statistics, check_mask, check_statistic_kind, check_unnorm_key
-from vla.doctor_weights import check_libraries, check_quantization, check_simulator, check_weights
+from vla.doctor.inputs import check_axis_angle, check_instruction_matters, check_state_source, rotation_dims
+from vla.doctor.predictions import check_predictions, check_token_accuracy, check_undecodable
+from vla.doctor.protocol import check_horizon, check_max_steps, check_replan, check_replay, check_settle_steps
+from vla.doctor.statistics import check_dataset_statistics, check_mask, check_statistic_kind, check_unnorm_key
+from vla.doctor.weights import check_libraries, check_quantization, check_simulator, check_weights
 from vla.spec import ActionSpec, ImageSpec, PromptSpec
 from vla.types import Task
 

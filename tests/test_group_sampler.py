@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vla.finetune import rl_math
-from vla.finetune.group_sampler import GroupSampler, SkipMemory
+from vla.finetune.data.group_sampler import GroupSampler, SkipMemory
 from vla.types import VlaError
 
 LINES = (Path(__file__).parent / "golden" / "rl_cases.jsonl").read_text().splitlines()

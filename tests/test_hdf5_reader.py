@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from vla.eval.libero_suite import LiberoSuite
-from vla.finetune.hdf5_file import demo_order, instruction_from_name
-from vla.finetune.hdf5_reader import ACTION_NAMES, CAMERA_NAMES, STATE_NAMES, Hdf5Reader
-from vla.finetune.source import FrameSource
+from vla.finetune.formats.hdf5_file import demo_order, instruction_from_name
+from vla.finetune.formats.hdf5_reader import ACTION_NAMES, CAMERA_NAMES, STATE_NAMES, Hdf5Reader
+from vla.finetune.formats.source import FrameSource
 from vla.types import VlaError
 
 TASK = "pick_up_the_black_bowl_on_the_stove_and_place_it_on_the_plate"

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 from test_hdf5_reader import write as write_hdf5
 
-from vla.finetune.hub import HubAddress, open_hub, parse_address
-from vla.finetune.hub_stream import stream
-from vla.finetune.lerobot_reader import LeRobotReader
-from vla.finetune.open_source import open_source
+from vla.finetune.data.open_source import open_source
+from vla.finetune.formats.hub import HubAddress, open_hub, parse_address
+from vla.finetune.formats.hub_stream import stream
+from vla.finetune.formats.lerobot_reader import LeRobotReader
 from vla.types import VlaError
 
 FIXTURES = Path(__file__).parent / "fixtures"

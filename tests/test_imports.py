@@ -17,7 +17,15 @@ PARTS = ("tokenizers", "finetune", "serve", "eval")
 
 FOUNDATION = {"vla.types", "vla.files", "vla.torchvision_shim"}
 # `vla/__init__.py` names what users need most; the others join the parts.
-JOINING = ("vla", "vla.cli", "vla.demo", "vla.card_program", "vla.doctor", "vla.pretrain", "vla.replay_program")
+JOINING = (
+    "vla",
+    "vla.cli",
+    "vla.demo",
+    "vla.card_program",
+    "vla.doctor",
+    "vla.pretrain",
+    "vla.replay_program",
+)
 
 ALLOWED = {
     "foundation": {"foundation"},

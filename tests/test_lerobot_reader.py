@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vla.finetune.lerobot_format import camera_of, file_path, names_of
-from vla.finetune.lerobot_reader import LeRobotReader
-from vla.finetune.lerobot_video import encode_video
+from vla.finetune.formats.lerobot_format import camera_of, file_path, names_of
+from vla.finetune.formats.lerobot_reader import LeRobotReader
+from vla.finetune.formats.lerobot_video import encode_video
 from vla.types import VlaError
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -106,7 +106,7 @@ def test_readers_survive_pickling_and_forks():
 
 @pytest.mark.parametrize("bframes", ["0", "3"])
 def test_long_gops_and_b_frames(tmp_path, bframes):
-    from vla.finetune.lerobot_video import VideoFile
+    from vla.finetune.formats.lerobot_video import VideoFile
 
     path = tmp_path / "a.mp4"
     with av.open(str(path), "w") as container:

@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vla.finetune.dataset_check import check_dataset
-from vla.finetune.lerobot_format import image_shape_of
-from vla.finetune.lerobot_reader import LeRobotReader
-from vla.finetune.source import FrameSource
+from vla.finetune.data.dataset_check import check_dataset
+from vla.finetune.formats.lerobot_format import image_shape_of
+from vla.finetune.formats.lerobot_reader import LeRobotReader
+from vla.finetune.formats.source import FrameSource
 from vla.types import VlaError
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -10,13 +10,13 @@ from episodes import smooth_episode
 from sources import toy_source
 from test_cache import write
 
-from vla.finetune.cache_format import DECODERS, CacheSettings, encode_jpeg
-from vla.finetune.cache_verify import verify_cache
-from vla.finetune.data_convert import Settings, convert
-from vla.finetune.lerobot_reader import LeRobotReader
-from vla.finetune.lerobot_verify import VIDEO_GREY_LEVELS
-from vla.finetune.lerobot_writer import LeRobotWriter
-from vla.finetune.subset_source import SubsetSource
+from vla.finetune.data.data_convert import Settings, convert
+from vla.finetune.data.subset_source import SubsetSource
+from vla.finetune.formats.cache_format import DECODERS, CacheSettings, encode_jpeg
+from vla.finetune.formats.cache_verify import verify_cache
+from vla.finetune.formats.lerobot_reader import LeRobotReader
+from vla.finetune.formats.lerobot_verify import VIDEO_GREY_LEVELS
+from vla.finetune.formats.lerobot_writer import LeRobotWriter
 from vla.types import VlaError
 
 
@@ -55,7 +55,7 @@ def test_lerobot_is_compared_with_its_source(tmp_path, monkeypatch, kind, capsys
     convert(SubsetSource(source_of()), settings)
     assert "verified: 24 frames, 3 episodes, as in memory/arrays" in capsys.readouterr().out
     # The hash of what was begun would find the changed numbers first.
-    monkeypatch.setattr("vla.finetune.data_convert.source_hash", lambda source: "same")
+    monkeypatch.setattr("vla.finetune.data.data_convert.source_hash", lambda source: "same")
     found = json.loads((tmp_path / "out/convert.json").read_text())
     (tmp_path / "out/convert.json").write_text(json.dumps(found | {"source_hash": "same"}))
     with pytest.raises(VlaError, match=KINDS[kind]):

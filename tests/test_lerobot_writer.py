@@ -13,9 +13,9 @@ import pytest
 from episodes import CAMERAS, WRITER, assert_same_episode, make_episode, smooth_episode
 
 from vla import files
-from vla.finetune import lerobot_stats, lerobot_tables, lerobot_writer
-from vla.finetune.lerobot_reader import LeRobotReader
-from vla.finetune.lerobot_writer import LeRobotWriter
+from vla.finetune.formats import lerobot_stats, lerobot_tables, lerobot_writer
+from vla.finetune.formats.lerobot_reader import LeRobotReader
+from vla.finetune.formats.lerobot_writer import LeRobotWriter
 from vla.types import VlaError
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vla.finetune.lerobot_reader import LeRobotReader
+from vla.finetune.formats.lerobot_reader import LeRobotReader
 
 pytestmark = pytest.mark.libero
 

@@ -7,14 +7,14 @@ import pytest
 from sources import toy_source
 from test_hdf5_reader import write as write_hdf5
 
-from vla.finetune import hub
-from vla.finetune.cache_format import CacheSettings
-from vla.finetune.cache_reader import CacheReader
-from vla.finetune.cache_writer import CacheWriter
-from vla.finetune.hdf5_reader import Hdf5Reader
-from vla.finetune.lerobot_reader import LeRobotReader
-from vla.finetune.open_source import open_source, open_sources
-from vla.finetune.rlds_reader import RldsReader
+from vla.finetune.data.open_source import open_source, open_sources
+from vla.finetune.formats import hub
+from vla.finetune.formats.cache_format import CacheSettings
+from vla.finetune.formats.cache_reader import CacheReader
+from vla.finetune.formats.cache_writer import CacheWriter
+from vla.finetune.formats.hdf5_reader import Hdf5Reader
+from vla.finetune.formats.lerobot_reader import LeRobotReader
+from vla.finetune.formats.rlds_reader import RldsReader
 from vla.types import VlaError
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -18,7 +18,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vla.finetune.oxe import (
+from vla.finetune.data.standard import Standardizer
+from vla.finetune.oxe.configs import ACTION_NAMES, DATASETS, EEF_GRIPPER, EEF_R6, POS_EULER, OxeDataset
+from vla.finetune.oxe.mixtures import MIXTURES
+from vla.finetune.oxe.ops import binarize, euler_from_quaternion, to_absolute
+from vla.finetune.oxe.registry import (
     OxeStandardizer,
     absolute_mask,
     arm_moves,
@@ -28,11 +32,7 @@ from vla.finetune.oxe import (
     oxe_standardizer,
     usable,
 )
-from vla.finetune.oxe_configs import ACTION_NAMES, DATASETS, EEF_GRIPPER, EEF_R6, POS_EULER, OxeDataset
-from vla.finetune.oxe_mixtures import MIXTURES
-from vla.finetune.oxe_ops import binarize, euler_from_quaternion, to_absolute
-from vla.finetune.oxe_transforms import TRANSFORMS
-from vla.finetune.standard import Standardizer
+from vla.finetune.oxe.transforms import TRANSFORMS
 from vla.types import VlaError
 
 GOLDEN = Path(__file__).parent / "golden"

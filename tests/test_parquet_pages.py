@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vla.finetune.lerobot_frames import FrameFiles
-from vla.finetune.parquet_pages import PLAIN, ImageIndex, image_index
-from vla.finetune.snappy_slices import SnappySlices
+from vla.finetune.formats.lerobot_frames import FrameFiles
+from vla.finetune.formats.parquet_pages import PLAIN, ImageIndex, image_index
+from vla.finetune.formats.snappy_slices import SnappySlices
 from vla.types import VlaError
 
 CELL = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

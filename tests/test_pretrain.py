@@ -12,10 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from vla import pretrain, pretrain_batch, pretrain_eval, pretrain_text
 from vla.eval.metaworld_suite import MetaWorldSuite
 from vla.inputs import state_text
-from vla.pretrain_data import (
+from vla.pretrain import batch as pretrain_batch
+from vla.pretrain import eval as pretrain_eval
+from vla.pretrain import program as pretrain
+from vla.pretrain import text as pretrain_text
+from vla.pretrain.data import (
     COLOURS,
     FACTS,
     FIRST_SEED,
@@ -27,8 +30,8 @@ from vla.pretrain_data import (
     project,
     render_chunk,
 )
-from vla.pretrain_model import SPECIAL, build_processor, build_tokenizer
-from vla.pretrain_text import KINDS, make_turn, make_turns, random_facts, relative_bins
+from vla.pretrain.model import SPECIAL, build_processor, build_tokenizer
+from vla.pretrain.text import KINDS, make_turn, make_turns, random_facts, relative_bins
 from vla.spec import PromptSpec
 from vla.types import VlaError
 

@@ -14,9 +14,9 @@ from episodes import WRITER, make_episode
 from vla import cli
 from vla.eval.replay import ReplayPolicy, TokenPath, replay
 from vla.finetune import collect
-from vla.finetune.lerobot_reader import LeRobotReader
-from vla.finetune.lerobot_writer import LeRobotWriter
-from vla.finetune.statistics import dataset_statistics, write_statistics
+from vla.finetune.data.statistics import dataset_statistics, write_statistics
+from vla.finetune.formats.lerobot_reader import LeRobotReader
+from vla.finetune.formats.lerobot_writer import LeRobotWriter
 from vla.normalize import ActionNormalizer, gripper_to_robot
 from vla.replay_program import Settings, chosen_episodes, run
 from vla.rollout import run_episodes

@@ -21,12 +21,12 @@ import numpy as np
 import pytest
 from test_tfrecord import example, field, framed
 
-from vla.finetune import rlds_cache
-from vla.finetune.oxe import oxe_standardizer
-from vla.finetune.rlds_reader import RldsReader, decode_image
-from vla.finetune.standard import Standard
-from vla.finetune.tfds_features import read_features
-from vla.finetune.tfrecord import read_records
+from vla.finetune.data.standard import Standard
+from vla.finetune.formats import rlds_cache
+from vla.finetune.formats.rlds_reader import RldsReader, decode_image
+from vla.finetune.formats.tfds_features import read_features
+from vla.finetune.formats.tfrecord import read_records
+from vla.finetune.oxe.registry import oxe_standardizer
 from vla.jpeg import decode_jpeg
 from vla.types import VlaError
 

@@ -20,8 +20,8 @@ from training import fake_dataset, sft_settings, tiny_backbone
 
 from vla.files import read_jsonl
 from vla.finetune import collect, sft
-from vla.finetune.cache_format import CacheSettings
-from vla.finetune.cache_writer import CacheWriter
+from vla.finetune.formats.cache_format import CacheSettings
+from vla.finetune.formats.cache_writer import CacheWriter
 from vla.finetune.sft_setup import build_policy, open_datasets
 from vla.policy import load_policy
 from vla.testing import FakeSuite

@@ -10,11 +10,9 @@ import pytest
 from episodes import WRITER, make_episode
 from sources import arm_source, toy_source
 
-from vla.finetune import quantiles as quantiles_module
-from vla.finetune.lerobot_reader import LeRobotReader
-from vla.finetune.lerobot_writer import LeRobotWriter
-from vla.finetune.quantiles import RowStore, order_statistics, quantiles, row_blocks
-from vla.finetune.statistics import (
+from vla.finetune.data import quantiles as quantiles_module
+from vla.finetune.data.quantiles import RowStore, order_statistics, quantiles, row_blocks
+from vla.finetune.data.statistics import (
     FILE,
     action_mask,
     cached_statistics,
@@ -27,6 +25,8 @@ from vla.finetune.statistics import (
     vector_statistics,
     write_statistics,
 )
+from vla.finetune.formats.lerobot_reader import LeRobotReader
+from vla.finetune.formats.lerobot_writer import LeRobotWriter
 from vla.normalize import action_normalizer
 from vla.types import VlaError
 

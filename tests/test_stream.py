@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from sources import toy_source
 
-from vla.finetune.chunks import Sample
-from vla.finetune.stream import IterableEpisodes, SourceEpisodes, StreamMixture
+from vla.finetune.data.chunks import Sample
+from vla.finetune.data.stream import IterableEpisodes, SourceEpisodes, StreamMixture
 from vla.types import VlaError
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vla.finetune.tf_example import parse_example
-from vla.finetune.tfds_info import boundaries, dataset_root, read_dataset_info, select
-from vla.finetune.tfrecord import crc32c, masked_crc32c, read_record, read_records
+from vla.finetune.formats.tf_example import parse_example
+from vla.finetune.formats.tfds_info import boundaries, dataset_root, read_dataset_info, select
+from vla.finetune.formats.tfrecord import crc32c, masked_crc32c, read_record, read_records
 from vla.types import VlaError
 
 TESTS = Path(__file__).parent

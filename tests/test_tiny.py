@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import vla.pretrain_eval as pretrain_eval
+import vla.pretrain.eval as pretrain_eval
 from vla.backbone import TINY_PATH
-from vla.pretrain_data import IMAGE_SIZE_PX, NO_COLOUR, TASKS, render_chunk
-from vla.pretrain_model import build_tokenizer
-from vla.pretrain_text import make_turn
+from vla.pretrain.data import IMAGE_SIZE_PX, NO_COLOUR, TASKS, render_chunk
+from vla.pretrain.model import build_tokenizer
+from vla.pretrain.text import make_turn
 
 N_IMAGES = 20
 needs_metaworld = pytest.mark.skipif(

@@ -8,8 +8,8 @@ import pytest
 from training import fake_dataset
 
 from vla import cli
-from vla.finetune.lerobot_reader import LeRobotReader
-from vla.finetune.statistics import dataset_statistics
+from vla.finetune.data.statistics import dataset_statistics
+from vla.finetune.formats.lerobot_reader import LeRobotReader
 from vla.finetune.tokenizer_fit import normalized_chunks
 from vla.finetune.tokenizer_measure import measure
 from vla.finetune.tokenizer_program import Data, read_chunks

@@ -12,13 +12,13 @@ from episodes import WRITER, make_episode
 from test_lerobot_reader import tree_hash
 
 from vla.cli import main, parse
-from vla.finetune import data_check, data_convert, data_filter
-from vla.finetune.cache_format import CACHE_JSON, WRITING_JSON
-from vla.finetune.data_convert import CONVERT_JSON, Settings, run
-from vla.finetune.lerobot_reader import LeRobotReader
-from vla.finetune.lerobot_writer import LeRobotWriter
-from vla.finetune.open_source import open_source
-from vla.finetune.unfinished import LOCK, UNFINISHED_JSON, command_of, locked
+from vla.finetune.data import data_check, data_convert, data_filter
+from vla.finetune.data.data_convert import CONVERT_JSON, Settings, run
+from vla.finetune.data.open_source import open_source
+from vla.finetune.formats.cache_format import CACHE_JSON, WRITING_JSON
+from vla.finetune.formats.lerobot_reader import LeRobotReader
+from vla.finetune.formats.lerobot_writer import LeRobotWriter
+from vla.finetune.formats.unfinished import LOCK, UNFINISHED_JSON, command_of, locked
 from vla.types import VlaError
 
 

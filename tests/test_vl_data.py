@@ -14,7 +14,7 @@ from training import fake_dataset, sft_settings, tiny_backbone
 
 from vla.files import read_jsonl
 from vla.finetune import sft
-from vla.finetune.vl_data import read_rows
+from vla.finetune.data.vl_data import read_rows
 from vla.types import VlaError
 
 

@@ -23,19 +23,20 @@ from test_hub import server  # noqa: F401
 from test_rlds_reader import flip, rewrite, shard
 from training import sft_settings, tiny_backbone
 
-from vla.finetune import data_convert, sft
-from vla.finetune.bad_list import BAD_JSONL, bad_summary
-from vla.finetune.cache_format import CacheSettings
-from vla.finetune.cache_writer import CacheWriter
-from vla.finetune.chunks import ChunkDataset
-from vla.finetune.lerobot_format import encode_png
-from vla.finetune.lerobot_reader import LeRobotReader
-from vla.finetune.lerobot_writer import LeRobotWriter
-from vla.finetune.open_source import open_source
-from vla.finetune.rlds_reader import RldsReader
-from vla.finetune.source import FrameSource, Unreachable
-from vla.finetune.tfrecord import read_records
-from vla.finetune.without_bad import image_fault, without_bad
+from vla.finetune import sft
+from vla.finetune.data import data_convert
+from vla.finetune.data.chunks import ChunkDataset
+from vla.finetune.data.open_source import open_source
+from vla.finetune.data.without_bad import image_fault, without_bad
+from vla.finetune.formats.bad_list import BAD_JSONL, bad_summary
+from vla.finetune.formats.cache_format import CacheSettings
+from vla.finetune.formats.cache_writer import CacheWriter
+from vla.finetune.formats.lerobot_format import encode_png
+from vla.finetune.formats.lerobot_reader import LeRobotReader
+from vla.finetune.formats.lerobot_writer import LeRobotWriter
+from vla.finetune.formats.rlds_reader import RldsReader
+from vla.finetune.formats.source import FrameSource, Unreachable
+from vla.finetune.formats.tfrecord import read_records
 from vla.types import VlaError
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -41,29 +41,33 @@ class Program:
 PROGRAMS = {
     "demo": Program("vla.demo", "the whole pipeline on a simulator: demonstrations, SFT, RL, serving, report"),
     "data collect": Program(
-        "vla.finetune.data_program",
+        "vla.finetune.data.data_program",
         "record a scripted expert's demonstrations",
         "CollectSettings",
         "run_collect",
         "expert",
     ),
-    "data inspect": Program("vla.finetune.data_inspect", "what a dataset holds", begins_anew=True),
+    "data inspect": Program("vla.finetune.data.data_inspect", "what a dataset holds", begins_anew=True),
     "data stats": Program(
-        "vla.finetune.data_program", "exact statistics of a dataset", "StatsSettings", "run_stats", begins_anew=True
+        "vla.finetune.data.data_program",
+        "exact statistics of a dataset",
+        "StatsSettings",
+        "run_stats",
+        begins_anew=True,
     ),
     "data check": Program(
-        "vla.finetune.data_check", "what is wrong with a dataset: its files and its content", begins_anew=True
+        "vla.finetune.data.data_check", "what is wrong with a dataset: its files and its content", begins_anew=True
     ),
     "data convert": Program(
-        "vla.finetune.data_convert", "any dataset to LeRobot v3.0 or the fast cache", has_words=True
+        "vla.finetune.data.data_convert", "any dataset to LeRobot v3.0 or the fast cache", has_words=True
     ),
-    "data filter": Program("vla.finetune.data_filter", "the part of a dataset worth training on", has_words=True),
+    "data filter": Program("vla.finetune.data.data_filter", "the part of a dataset worth training on", has_words=True),
     "data retrieve": Program(
-        "vla.finetune.data_retrieve", "the prior episodes nearest to a few demonstrations", begins_anew=True
+        "vla.finetune.data.data_retrieve", "the prior episodes nearest to a few demonstrations", begins_anew=True
     ),
-    "data viz": Program("vla.finetune.data_viz", "one episode to look at", has_words=True, begins_anew=True),
+    "data viz": Program("vla.finetune.data.data_viz", "one episode to look at", has_words=True, begins_anew=True),
     "data list": Program(
-        "vla.finetune.data_list", "the Open X-Embodiment datasets and mixtures that have a name", begins_anew=True
+        "vla.finetune.data.data_list", "the Open X-Embodiment datasets and mixtures that have a name", begins_anew=True
     ),
     "tokenizer fit": Program(
         "vla.finetune.tokenizer_program",
@@ -107,9 +111,12 @@ PROGRAMS = {
         begins_anew=True,
     ),
     "doctor": Program(
-        "vla.doctor", "why a policy does worse than it should: one page of checks", has_words=True, begins_anew=True
+        "vla.doctor.program",
+        "why a policy does worse than it should: one page of checks",
+        has_words=True,
+        begins_anew=True,
     ),
-    "pretrain": Program("vla.pretrain", "make the built-in backbone anew"),
+    "pretrain": Program("vla.pretrain.program", "make the built-in backbone anew"),
 }
 
 

@@ -21,9 +21,9 @@ from rich.table import Column, Table
 from vla.eval.replay import ReplayPolicy, ReplayResult, TokenPath, replay
 from vla.eval.suites import get_suite
 from vla.files import write_json
-from vla.finetune.lerobot_reader import LeRobotReader
-from vla.finetune.statistics import dataset_statistics, read_statistics
-from vla.finetune.unfinished import check_finished
+from vla.finetune.data.statistics import dataset_statistics, read_statistics
+from vla.finetune.formats.lerobot_reader import LeRobotReader
+from vla.finetune.formats.unfinished import check_finished
 from vla.normalize import action_normalizer, gripper_to_robot
 from vla.spec import ActionSpec, read_spec, read_tokenizer
 from vla.tokenizers.chunk_codec import ActionCodec
