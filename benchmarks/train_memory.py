@@ -2,8 +2,8 @@
 
     python -m benchmarks.train_memory
 
-On the CPU: two optimiser steps of the real loop on the built-in VLM, by PyTorch's own count of its allocations. For an
-OpenVLA of 7B: the estimate from shapes and, where there is a GPU, the same model with random weights, its peak and its
+On the CPU: two optimiser steps of the real loop, by PyTorch's own count of its allocations, on the built-in VLM and on random
+models of real classes. For an OpenVLA of 7B: the estimate from shapes and, where there is a GPU, the same model with random weights, its peak and its
 samples per second. Needs bitsandbytes (pip install 'vla-toolkit[bnb]').
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import importlib
 import io
 import tempfile
 import time
@@ -41,6 +42,12 @@ SMALL: tuple[dict[str, Any], ...] = (
     {"batch_size": 4, "method": "qlora"}, {"batch_size": 1, "method": "full"}, {"batch_size": 4, "method": "full"},
     {"batch_size": 4, "method": "full", "optimizer": "adamw8bit"}, {"batch_size": 4, "precision": "bf16"},
 )  # fmt: skip
+FAMILIES, WIDTH = ("llava", "paligemma", "qwen2_5_vl", "smolvlm"), 8
+ALL_BF16 = {"batch_size": 4, "precision": "bf16", "lora_parts": ("all",)}
+WIDE: tuple[dict[str, Any], ...] = (
+    {"batch_size": 4}, ALL_BF16, {**ALL_BF16, "gradient_checkpointing": True}, {"batch_size": 4, "method": "qlora"},
+    {"batch_size": 4, "method": "full"}, {**ALL_BF16, "loss_over": "actions", "batch_size": 1},
+)  # fmt: skip
 LARGE: tuple[tuple[Method, OptimizerName, bool, int], ...] = (
     ("qlora", "paged_adamw8bit", True, 1), ("lora", "paged_adamw8bit", True, 1), ("lora", "adamw", True, 1),
     ("lora", "adamw", False, 1), ("lora", "adamw", True, 8),
@@ -51,6 +58,8 @@ LARGE: tuple[tuple[Method, OptimizerName, bool, int], ...] = (
 class Settings:
     small: bool = True
     """Measure the built-in VLM on the CPU."""
+    wide: bool = True
+    """Measure random models of tests/families.py on the CPU: 2 layers, hidden size 512."""
     large: bool = True
     """Estimate OpenVLA-7B, and measure it where there is a GPU."""
     steps: int = 10
@@ -58,16 +67,15 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    if settings.small:
-        print("| built-in VLM | estimate, MB | measured, MB | ratio |\n|---|---|---|---|")
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-            data = Path(folder) / "fake"
-            with contextlib.redirect_stdout(io.StringIO()):
-                collect.run(collect.Settings(out=data, suite="fake", episodes_per_task=4), FakeSuite())
-            for changes in SMALL:
-                guess, real = small(data, changes)
-                words = ", ".join(f"{key} {value}" for key, value in changes.items())
-                print(f"| {words} | {guess / 1e6:.1f} | {real / 1e6:.1f} | {guess / real:.3f} |", flush=True)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        data = Path(folder) / "fake"
+        with contextlib.redirect_stdout(io.StringIO()):
+            collect.run(collect.Settings(out=data, suite="fake", episodes_per_task=4), FakeSuite())
+        if settings.small:
+            table(data, "tiny", SMALL)
+        for family in FAMILIES if settings.wide else ():
+            importlib.import_module("tests.families").FAMILIES[family](Path(folder) / family, WIDTH)
+            table(data, family, WIDE)
     if settings.large:
         on_gpu = torch.cuda.is_available()
         print(
@@ -84,7 +92,17 @@ def main(settings: Settings) -> None:
             print(f"{row}\n{guess.table()}" if not on_gpu else row, flush=True)
 
 
-def small(data: Path, changes: dict[str, Any]) -> tuple[int, int]:
+def table(data: Path, backbone: str, rows: tuple[dict[str, Any], ...]) -> None:
+    """`backbone`: tiny, or a folder beside `data`."""
+    print(f"| {backbone} | estimate, MB | measured, MB | ratio |\n|---|---|---|---|")
+    source = backbone if backbone == "tiny" else str(data.parent / backbone)
+    for changes in rows:
+        guess, real = measured(data, {**changes, "backbone": source, "image_size_px": 0 if backbone == "tiny" else 64})
+        words = ", ".join(f"{key} {value}" for key, value in changes.items())
+        print(f"| {words} | {guess / 1e6:.1f} | {real / 1e6:.1f} | {guess / real:.3f} |", flush=True)
+
+
+def measured(data: Path, changes: dict[str, Any]) -> tuple[int, int]:
     """(estimated, measured) bytes at the peak of two optimiser steps."""
     settings = sft.Settings(
         data=(str(data),), out=data.parent / "run", horizon=3, gripper_dim=None, device="cpu", **changes

@@ -10,7 +10,8 @@ best/
   state.json                that step and loss
 
 A folder has its name only once it is whole: a crash or a full disk in the middle leaves the last good one as it was.
-Tensors that are sharded over processes (FSDP2) are gathered, so a checkpoint does not depend on how many there were.
+Tensors that are sharded over processes (FSDP2, DeepSpeed's ZeRO) are gathered, so a checkpoint depends neither on how many
+there were nor on the kind of launch.
 """
 
 from __future__ import annotations
@@ -31,6 +32,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vla.files import swap_folder, write_json
 from vla.finetune.optimizers import settle_state
+from vla.finetune.zero import (
+    full_shape,
+    gathered,
+    gathered_moments,
+    is_partitioned,
+    is_zero_optimizer,
+    is_zero_parameter,
+    set_moments,
+    set_parameter,
+)
 from vla.types import problem
 
 
@@ -49,12 +60,8 @@ def save_checkpoint(
         write: False on all processes but one. Every process must call this: sharded tensors are gathered from all.
     """
     named = dict(trainable(model))
-    names = {id(parameter): name for name, parameter in named.items()}
-    moments = {
-        f"{names[id(parameter)]}::{key}": _gathered(torch.as_tensor(value), write)
-        for parameter, values in optimizer.state.items()
-        for key, value in values.items()
-    }
+    gather = gathered_moments if is_zero_optimizer(optimizer) else _moments
+    moments = gather(named, optimizer, write)
     weights = gathered_weights(model, write)
     target = folder / f"step-{step:08d}"
     if not write:
@@ -83,10 +90,9 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     path = folder / json.loads(latest.read_text())["checkpoint"]
     load_weights(path, model)
     named = dict(trainable(model))
-    for key, value in load_file(path / "optimizer.safetensors").items():
-        name, _, moment = key.partition("::")
-        optimizer.state[named[name]][moment] = value if moment == "step" else _placed(value, named[name])
-    settle_state(optimizer)
+    moments = load_file(path / "optimizer.safetensors")
+    put = set_moments if is_zero_optimizer(optimizer) else _set_moments
+    put(named, optimizer, moments)
     state = json.loads((path / "state.json").read_text())
     torch.set_rng_state(torch.tensor(state.pop("torch_rng"), dtype=torch.uint8))
     return state
@@ -109,18 +115,34 @@ def load_weights(path: Path, model: nn.Module) -> None:
     """
     weights = load_file(path / "trainable.safetensors")
     named = dict(trainable(model))
-    if weights.keys() != named.keys() or any(weights[name].shape != p.shape for name, p in named.items()):
+    if weights.keys() != named.keys() or any(weights[name].shape != full_shape(p) for name, p in named.items()):
         raise problem(f"{path} with {len(weights)} parameters of other names or shapes", f"{len(named)} as in this run",
                       "resume with the settings the run was started with")  # fmt: skip
     with torch.no_grad():
         for name, parameter in named.items():
-            parameter.copy_(_placed(weights[name], parameter))
+            if is_zero_parameter(parameter):
+                set_parameter(parameter, weights[name].to(parameter.device))
+            else:
+                parameter.copy_(_placed(weights[name], parameter))
 
 
 def gathered_weights(model: nn.Module, keep: bool = True) -> dict[str, torch.Tensor]:
     """Copies of the parameters that train, whole; every process must call this. Empty unless `keep`."""
     found = {name: _gathered(parameter, keep) for name, parameter in trainable(model)}
     return found if keep else {}
+
+
+def gathered_state(model: nn.Module, keep: bool = True) -> dict[str, torch.Tensor]:
+    """`model.state_dict()` with every tensor whole, in the host's memory; what is tied stays so. Every process must call this.
+
+    Empty unless `keep`."""
+    values = model.state_dict(keep_vars=True)
+    copies: dict[int, torch.Tensor] = {}
+    for value in values.values():
+        if id(value) not in copies:
+            copy = _gathered(value, keep)
+            copies[id(value)] = copy.cpu() if keep else value
+    return {name: copies[id(value)] for name, value in values.items()} if keep else {}
 
 
 @contextlib.contextmanager
@@ -153,8 +175,30 @@ def _new_folder(target: Path) -> Iterator[Path]:
         raise
 
 
+def _moments(named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, torch.Tensor]:
+    names = {id(parameter): name for name, parameter in named.items()}
+    return {
+        f"{names[id(parameter)]}::{key}": _gathered(torch.as_tensor(value), keep)
+        for parameter, values in optimizer.state.items()
+        for key, value in values.items()
+    }
+
+
+def _set_moments(
+    named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, moments: dict[str, torch.Tensor]
+) -> None:
+    fused = any(group.get("fused") for group in optimizer.param_groups)  # then steps are counted on the GPU
+    for key, value in moments.items():
+        name, _, moment = key.partition("::")
+        placed = value if moment == "step" and not fused else _placed(value, named[name])
+        optimizer.state[named[name]][moment] = placed
+    settle_state(optimizer)
+
+
 def _gathered(value: torch.Tensor, keep: bool) -> torch.Tensor:
     """A copy, whole; collective where it is sharded."""
+    if is_partitioned(value):
+        return gathered(value)
     whole = value.detach()
     if isinstance(whole, DTensor):
         whole = whole.full_tensor()

@@ -28,15 +28,19 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from vla.card_facts import read_facts, without_evaluations
 from vla.files import append_jsonl
 from vla.finetune.checkpoint import load_checkpoint, save_checkpoint, trainable
 from vla.finetune.curves import plot_curves
 from vla.finetune.data.group_sampler import GroupSampler, SkipMemory
 from vla.finetune.rl_math import mean_metrics, policy_loss, query_mask, rloo, slice_logprobs, unit_weights
 from vla.finetune.run_folder import cut_metrics, open_run
+from vla.hub_policy import policy_folder
+from vla.model_card import record_run
 from vla.policy import LocalPolicy, load_policy
 from vla.progress import Progress
 from vla.rollout import run_episodes
+from vla.spec import read_spec
 from vla.threads import leave_cores_to
 from vla.tokenizers.rows import padded
 from vla.types import EpisodeRequest, EpisodeResult, Observation, Suite, problem
@@ -160,14 +164,23 @@ class TrainingQuery:
 def run(settings: Settings, suite: Suite) -> Path:
     """Train, and return the policy directory."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
+    head = read_spec(policy_folder(settings.policy)).head
+    if head is not None:
+        why = "which has no distribution to sample from" if head.kind == "l1" else "not token after token as RL scores it"
+        raise problem(f"{settings.policy} with parallel decoding ({head.kind}), {why}", "a policy that answers token after token",
+                      "fine-tune one with --head tokens, and start from that")  # fmt: skip
     policy = load_policy(settings.policy, device=device, temperature=settings.temperature, trainable=True)
     if policy.spec.backbone.weights != "adapter":
         raise problem(
             f"{settings.policy} with merged weights", "a policy with its adapter", "start from the unmerged policy"
         )
+    if policy.spec.motion is not None:
+        raise problem(f"{settings.policy} with language motions", "a policy that says actions only: the choice of a motion is "
+                      "greedy, so it has no log-probability to learn from", "fine-tune one without --language-motion")  # fmt: skip
     if settings.dry_run:
         _describe(settings, policy, suite)
         return settings.out
+    facts = without_evaluations(read_facts(policy_folder(settings.policy)))
     open_run(settings.out, settings)
     slots = suite.default_slots if settings.slots is None else settings.slots
     with contextlib.closing(WorkerPool(suite, settings.workers, slots)) as pool:
@@ -179,6 +192,7 @@ def run(settings: Settings, suite: Suite) -> Path:
         (("success",), ("kept", "all_equal"), ("entropy",), ("approx_kl_k3", "clip_frac_high", "clip_frac_low")),
         x="iteration",
     )  # fmt: skip
+    record_run(settings.out / "policy", settings.out, facts)
     return settings.out / "policy"
 
 

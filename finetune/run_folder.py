@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,12 @@ from vla.files import read_jsonl, write_json, write_text
 from vla.types import problem
 
 
-def open_run(out: Path, settings: Any) -> None:
-    """Claim a run folder: a new one, or the same run again with `resume`. Writes settings.json.
+def open_run(out: Path, settings: Any, data: Mapping[str, str] | None = None) -> None:
+    """Claim a run folder: a new one, or the same run again with `resume`. Writes settings.json and data.json.
+
+    Args:
+        data: dataset -> its `statistics_hash`. A run that goes on must find the data it began with, or the order of its
+            samples would be another.
 
     Raises:
         VlaError: the folder holds a run and neither `resume` nor `overwrite` was given, or it is another run.
@@ -33,7 +38,20 @@ def open_run(out: Path, settings: Any) -> None:
         if changed:
             shown = ", ".join(f"{n} {theirs.get(n)!r} -> {mine[n]!r}" for n in changed)
             raise problem(f"other settings than {path}: {shown}", "the same run", "use its settings, or another --out")
+    _check_data(out / "data.json", data)
     write_json(path, mine)
+    if data is not None:
+        write_json(out / "data.json", dict(data))
+
+
+def _check_data(path: Path, data: Mapping[str, str] | None) -> None:
+    if data is None or not path.exists():
+        return
+    theirs = json.loads(path.read_text())
+    changed = [name for name in {**theirs, **data} if theirs.get(name) != data.get(name)]
+    if changed:
+        raise problem(f"{', '.join(changed)} with other episodes, columns or names than {path} says", "the same data",
+                      "restore it, or begin a new run in another --out")  # fmt: skip
 
 
 def cut_metrics(metrics: Path, step: int, counter: str = "step") -> None:

@@ -14,24 +14,20 @@ continues bit for bit with `--resume`: the order of samples depends on the posit
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from vla.files import append_jsonl
 from vla.finetune.checkpoint import (
     disk_full_said,
-    gathered_weights,
     load_checkpoint,
     load_weights,
     save_best,
@@ -40,18 +36,30 @@ from vla.finetune.checkpoint import (
 )
 from vla.finetune.curves import curves_page, plot_curves
 from vla.finetune.data.chunks import ChunkDataset
-from vla.finetune.data.vl_data import CoTraining, read_rows
+from vla.finetune.data.statistics import statistics_hash
+from vla.finetune.data.vl_data import CoTraining, Mixture, open_mixture
 from vla.finetune.formats.bad_list import bad_summary, list_bad
 from vla.finetune.optimizers import make_optimizer
 from vla.finetune.run_folder import cut_metrics, open_run
 from vla.finetune.sft_batch import Batches, acting, activate_dropout, seed_step, sum_over_ranks
 from vla.finetune.sft_eval import Best, free_running_figures, held_out_figures, success_figures
-from vla.finetune.sft_launch import check_launch, is_sharded, refuse_deepspeed, reshard, shard_by_block, whole_number
+from vla.finetune.sft_launch import (
+    accumulating,
+    acting_alone,
+    is_sharded,
+    make_accelerator,
+    reshard,
+    shape_for_launch,
+    whole_number,
+    whole_weights,
+)
 from vla.finetune.sft_memory import estimate_step, out_of_memory_said
-from vla.finetune.sft_model import autocast_of, ready_model, restore_scaler, scaler_state
+from vla.finetune.sft_model import ready_model, restore_scaler, scaler_state
+from vla.finetune.sft_motion import MotionTraining, describe_motions, label_samples, say_motions
 from vla.finetune.sft_samples import Prepared, training_stream
 from vla.finetune.sft_settings import PRESETS, Settings
-from vla.finetune.sft_setup import build_policy, describe, open_datasets
+from vla.finetune.sft_setup import build_policy, describe, open_datasets, show_history
+from vla.finetune.sft_start import started
 from vla.finetune.sft_track import Trackers, check_trackers
 from vla.finetune.tokenizer_fit import save_tokenizer
 from vla.model_card import record_run
@@ -82,32 +90,34 @@ def run(settings: Settings, suite: Suite | None = None) -> Path:
         raise problem(
             f"eval_suite {settings.eval_suite!r} without its simulator", "run(settings, suite)", "pass the suite"
         )
-    if settings.vl_data:
-        read_rows(Path(settings.vl_data))  # its mistakes are told before anything is loaded
+    mixture = open_mixture(settings) if settings.vl_data else None  # its mistakes are told before anything is loaded
+    settings = started(settings)
     dataset, statistics = open_datasets(settings)
-    refuse_deepspeed()
-    AcceleratorState._reset_state()  # else a second run in one process could not choose another precision
-    accelerator = Accelerator(mixed_precision=autocast_of(settings, _device(settings)), cpu=_device(settings) == "cpu")
-    check_launch(settings, accelerator)
+    phrases = label_samples(settings, dataset) if settings.language_motion else ()
+    accelerator = make_accelerator(settings, _device(settings))
     torch.manual_seed(settings.seed)
     sharded = is_sharded(accelerator)
     with out_of_memory_said(settings, dataset):
         policy = build_policy(settings, dataset, statistics, str(accelerator.device), sharded)
+    say_motions(settings, policy, phrases)
+    show_history(dataset, policy.spec)
     if settings.dry_run:
         ready_model(settings, policy.backbone.model)
         describe(settings, dataset, policy)
+        if settings.language_motion:
+            describe_motions(dataset, policy)
         print("memory, estimated, of one process at batch_size "
               f"{settings.batch_size}:\n{estimate_step(settings, dataset, policy).table()}")  # fmt: skip
         return settings.out
     with disk_full_said(settings.out):
         if accelerator.is_main_process:
-            open_run(settings.out, settings)
+            open_run(settings.out, settings, {name: statistics_hash(source) for name, source in dataset.sources})
             list_bad(settings.out, dataset)
             save_tokenizer(policy.codec.tokenizer, settings.out / TOKENIZER_FOLDER)
         accelerator.wait_for_everyone()
         if not accelerator.is_main_process:  # every rank fits its own, and a learned codec may differ between machines
             policy.codec = dataclasses.replace(policy.codec, tokenizer=load_tokenizer(settings.out / TOKENIZER_FOLDER))
-        loop = Loop(settings, accelerator, dataset, policy, suite)
+        loop = Loop(settings, accelerator, dataset, policy, suite, mixture)
         loop.train()
         return loop.finish()
 
@@ -117,18 +127,20 @@ class Loop:
 
     def __init__(
         self, settings: Settings, accelerator: Accelerator, dataset: ChunkDataset, policy: LocalPolicy,
-        suite: Suite | None = None,
+        suite: Suite | None = None, mixture: Mixture | None = None,
     ) -> None:  # fmt: skip
+        """`mixture`: the rows of `settings.vl_data`, if they are open already."""
         self.settings, self.accelerator, self.dataset, self.policy = settings, accelerator, dataset, policy
         self.suite = suite
         model = policy.backbone.model
         parameters = [p for _, p in trainable(model)]
         ready_model(settings, model)
         optimizer = make_optimizer(settings.optimizer, parameters, settings.lr, settings.weight_decay)
-        shard_by_block(accelerator, model)
+        shape_for_launch(accelerator, model)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.batches = Batches(settings, dataset, policy, self.model)
-        self.co_training = CoTraining(settings, policy, self.model) if settings.vl_data else None
+        self.co_training = CoTraining(settings, policy, self.model, mixture) if settings.vl_data else None
+        self.motion_training = MotionTraining(settings, self.batches, self.model) if settings.language_motion else None
         self.checkpoints = settings.out / "checkpoints"
         self.metrics = settings.out / "metrics.jsonl"
         state = load_checkpoint(self.checkpoints, model, self.optimizer.optimizer) if settings.resume else None
@@ -167,7 +179,8 @@ class Loop:
                 stop = sum_over_ranks(self.accelerator, [self._stop])[0] > 0  # all ranks save at the same step, or none
                 if self.step % settings.save_every_steps == 0 or self.step == settings.steps or stop or self._stalled:
                     self._save()
-                progress.advance(1, f"loss {row['loss']:.3f}  token accuracy {row['action_token_accuracy']:.2f}")
+                share = row.get("action_token_accuracy")
+                progress.advance(1, f"loss {row['loss']:.3f}" + ("" if share is None else f"  token accuracy {share:.2f}"))
                 if stop:
                     self._close()
                     print(f"stopped at step {self.step}; the same command with --resume continues")
@@ -181,7 +194,7 @@ class Loop:
         target, model = self.settings.out / "policy", self.policy.backbone.model
         if self.settings.policy_from == "best":
             load_weights(self.checkpoints / "best", model)
-        weights = gathered_weights(model, self.accelerator.is_main_process) if is_sharded(self.accelerator) else None
+        weights = whole_weights(self.accelerator, model, self.settings.method)
         if self.accelerator.is_main_process:
             self.policy.save(target, stage="finetune", settings=dataclasses.asdict(self.settings), weights=weights)
         self._close()
@@ -199,32 +212,31 @@ class Loop:
         parts = np.array_split(np.arange(len(mine)), settings.grad_accumulation)
         samples = [[mine[k] for k in part] for part in parts]
         targets = [batches.targets(part) for part in samples]
-        n_global = sum_over_ranks(self.accelerator, [sum(int(valid.sum()) for _, valid in targets)])[0]
+        counts = [[batches.n_targets(valid), int(valid.sum())] for _, valid in targets]
+        n_global, n_actions = sum_over_ranks(self.accelerator, np.sum(counts, axis=0))
+        lr = learning_rate(settings, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         beside = self.co_training.backward(self.accelerator, self.step) if self.co_training else {}
+        if self.motion_training:
+            beside |= self.motion_training.backward(self.accelerator, samples)
         totals = np.zeros(3)
         for i, (part, target) in enumerate(zip(samples, targets, strict=True)):
-            sync = i == len(samples) - 1
-            with self._maybe_no_sync(sync):
+            with accumulating(self.accelerator, self.model, last=i == len(samples) - 1):
                 found = batches.loss(part, *target, batches.training_image)
                 # Ranks average their gradients; the loss is a sum over all of them.
                 self.accelerator.backward(found.loss * (world / n_global))
             totals += found.figures
-        norm = self.accelerator.clip_grad_norm_([p for _, p in trainable(self.model)], settings.clip_norm)
-        lr = learning_rate(settings, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        norm = self.accelerator.clip_grad_norm_([p for _, p in trainable(self.model)], settings.clip_norm or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.position += batch
         loss, correct, l1 = sum_over_ranks(self.accelerator, totals)
         return {
-            "step": self.step, "loss": loss / n_global, "action_token_accuracy": correct / n_global, **beside,
-            **({"l1": l1 / n_global} if self.policy.codec.per_dimension else {}), "lr": lr, "grad_norm": whole_number(norm), "epoch": self.position / self.dataset.epoch_size,
+            "step": self.step, "loss": loss / n_global, **({"action_token_accuracy": correct / n_actions} if self.policy.spec.says_tokens else {}), **beside,
+            **({"l1": l1 / n_actions} if self.policy.codec.per_dimension else {}), "lr": lr, "grad_norm": whole_number(norm), "epoch": self.position / self.dataset.epoch_size,
         }  # fmt: skip
-
-    def _maybe_no_sync(self, sync: bool) -> Any:
-        return contextlib.nullcontext() if sync else self.accelerator.no_sync(self.model)
 
     def _evaluate(self) -> None:
         """Log whatever is due at this step, and keep the weights if they are the best."""
@@ -233,17 +245,22 @@ class Loop:
             if self.step % settings.eval_every_steps == 0 or last:
                 figures = held_out_figures(self.batches, self.accelerator)
                 if figures:
-                    figures |= free_running_figures(self.batches, self.accelerator, settings.free_running_samples)
+                    if self.motion_training:
+                        figures |= self.motion_training.held_out_figures(self.accelerator)
                     reshard(self.model)
+                    if settings.free_running_samples:
+                        with acting_alone(self.accelerator, self.model):
+                            figures |= free_running_figures(self.batches, self.accelerator, settings.free_running_samples)
                     self._log({"step": self.step, **figures})
                     self._judge(figures["holdout_loss"])
             if self.suite is not None and (self.step % settings.eval_suite_every_steps == 0 or last):
-                if self.accelerator.is_main_process:
-                    figures = success_figures(
-                        self.policy, self.suite, settings.eval_suite_episodes, settings.eval_suite_workers
-                    )
-                    self._log({"step": self.step, **figures})
-                self.accelerator.wait_for_everyone()
+                with acting_alone(self.accelerator, self.model):
+                    if self.accelerator.is_main_process:
+                        figures = success_figures(
+                            self.policy, self.suite, settings.eval_suite_episodes, settings.eval_suite_workers
+                        )
+                        self._log({"step": self.step, **figures})
+                    self.accelerator.wait_for_everyone()
 
     def _judge(self, holdout_loss: float) -> None:
         self.best = self.best.after(self.step, holdout_loss)
@@ -282,11 +299,13 @@ class Loop:
 
 
 def learning_rate(settings: Settings, step: int) -> float:
-    """Linear warm-up to `lr`, then constant, or half a cosine down to a tenth of it. `step` counts from 0."""
+    """Linear warm-up to `lr`, then as `schedule` says. `step` counts from 0."""
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / settings.warmup_steps
     if settings.schedule == "constant":
         return settings.lr
+    if settings.schedule == "step":
+        return settings.lr * (settings.decay_factor if step >= settings.decay_at_step else 1.0)
     share = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
     return settings.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * share)))
 

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from vla.finetune.data.chunks import Sample
 from vla.finetune.sft_batch import Batches, sum_over_ranks
 from vla.finetune.sft_setup import observation_of
-from vla.normalize import action_normalizer
+from vla.language_motion import motion_query
 from vla.policy import LocalPolicy
 from vla.rollout import run_episodes
 from vla.threads import leave_cores_to
@@ -51,7 +51,7 @@ def held_out_figures(batches: Batches, accelerator: Accelerator) -> dict[str, fl
         return {}
     rank, world = accelerator.process_index, accelerator.num_processes
     per_dimension, names = policy.codec.per_dimension, policy.spec.action.names
-    totals, n_valid, distance = np.zeros(3), 0, np.zeros(len(names) + 1)
+    totals, n_valid, n_targets, distance = np.zeros(3), 0, 0, np.zeros(len(names) + 1)
     for start in range(0, len(indices), size * world):
         mine = indices[start : start + size * world][rank::world]
         part = [dataset[i] for i in mine] or [dataset[indices[0]]]
@@ -59,14 +59,17 @@ def held_out_figures(batches: Batches, accelerator: Accelerator) -> dict[str, fl
         if not len(mine):  # where the model is sharded, every process must take part in every forward pass
             valid = torch.zeros_like(valid)
         found = batches.loss(part, ids, valid)
-        totals, n_valid = totals + found.figures, n_valid + int(valid.sum())
+        totals = totals + found.figures
+        n_valid, n_targets = n_valid + int(valid.sum()), n_targets + batches.n_targets(valid)
         if per_dimension and len(mine):
-            distance += _distance(policy, part, policy.codec.decode(found.predicted.cpu().numpy())[0])
-    sums = sum_over_ranks(accelerator, [*totals, n_valid, *distance])
-    figures = {"holdout_loss": sums[0] / sums[3], "holdout_action_token_accuracy": sums[1] / sums[3]}
+            distance += _distance(policy, part, batches.decoded(found.predicted))
+    sums = sum_over_ranks(accelerator, [*totals, n_valid, n_targets, *distance])
+    figures = {"holdout_loss": sums[0] / sums[4]}
+    if policy.spec.says_tokens:
+        figures["holdout_action_token_accuracy"] = sums[1] / sums[3]
     if per_dimension:
         figures["holdout_l1"] = sums[2] / sums[3]
-        figures |= _by_name("holdout_l1_physical", names, sums[4:])
+        figures |= _by_name("holdout_l1_physical", names, sums[5:])
     return figures
 
 
@@ -75,10 +78,11 @@ def free_running_figures(batches: Batches, accelerator: Accelerator, n_samples: 
     """The same on `n_samples` held-out chunks (evenly spread) that the policy decodes greedily, as it acts.
 
     `free_running_action_token_accuracy` counts a token as right if it is the recording's at its place;
-    `free_running_l1_physical/NAME` is over rows that decode; `free_running_undecodable` is the share of the others.
+    `free_running_l1_physical/NAME` is over rows that decode; `free_running_undecodable` is the share of the others. Empty
+    with a head, of which the held-out figures are free-running already.
     """
     indices = batches.dataset.holdout_indices
-    if not len(indices) or not n_samples:
+    if not len(indices) or not n_samples or batches.policy.spec.head is not None:
         return {}
     dataset, policy = batches.dataset, batches.policy
     chosen = indices[np.unique(np.linspace(0, len(indices) - 1, min(n_samples, len(indices))).round().astype(int))]
@@ -90,7 +94,8 @@ def free_running_figures(batches: Batches, accelerator: Accelerator, n_samples: 
         part = [dataset[i] for i in mine[start : start + batches.settings.batch_size]]
         targets, valid = (x.cpu().numpy() for x in batches.targets(part))
         with accelerator.autocast():
-            drawn = policy.backbone.sample(policy.encode([observation_of(s) for s in part]), policy.codec.grammar)[0]
+            seen = policy.with_motions([motion_query(observation_of(s)) for s in part])
+            drawn = policy.backbone.sample(policy.encode(seen), policy.codec.grammar)[0]
         rows = drawn.cpu().numpy()
         width = min(rows.shape[1], targets.shape[1])
         correct += int(((rows[:, :width] == targets[:, :width]) & valid[:, :width]).sum())
@@ -114,7 +119,7 @@ def _distance(policy: LocalPolicy, samples: Sequence[Sample], normalized: np.nda
     dim = policy.spec.action.dim
     total = np.zeros(dim + 1)
     for sample, actions in zip(samples, normalized, strict=True):
-        predicted = action_normalizer(policy.statistics, sample.dataset, dim).unnormalize(actions)
+        predicted = policy.normalizer_of(sample.dataset).unnormalize(actions)
         total[:dim] += np.abs(predicted.astype(np.float64) - sample.actions)[~sample.is_pad].sum(axis=0)
         total[dim] += (~sample.is_pad).sum()
     return total

@@ -35,7 +35,7 @@ def estimate_step(settings: Settings, dataset: ChunkDataset, policy: LocalPolicy
         policy.backbone, lambda: policy.encode([observation_of(sample) for sample in samples], image),
         torch.from_numpy(ids), only_ids=policy.legal_ids if narrow else None, autocast=AUTOCAST[settings.precision],
         optimizer_bytes=state_bytes(settings.optimizer, trained_sizes(policy.backbone.model)),
-        passes=settings.grad_accumulation,
+        passes=settings.grad_accumulation, head=policy.spec.head.kind if policy.spec.head else "",
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from vla.compile_blocks import compile_blocks
 from vla.finetune.sft_settings import Settings
 from vla.gradient_checkpoint import checkpoint_layers
 from vla.types import problem
@@ -27,10 +28,10 @@ def autocast_of(settings: Settings, device: str) -> str:
 
 def ready_model(settings: Settings, model: Any) -> None:
     """Gradient checkpointing and compilation as the settings say, in place."""
+    if settings.compile:
+        compile_blocks(model)
     if settings.gradient_checkpointing:
         checkpoint_layers(model)
-    if settings.compile:
-        model.compile()  # what is called is compiled; parameters keep their names, and generation is left alone
 
 
 def scaler_state(accelerator: Accelerator) -> dict[str, Any]:

@@ -30,6 +30,8 @@ class Prepared:
         sample = self.dataset[index]
         if self.settings.state_dropout and drops_state(self.settings, position):
             sample = dataclasses.replace(sample, state=None)
+        if self.settings.history_dropout and drops_history(self.settings, position):
+            sample = dataclasses.replace(sample, past_actions=None)
         if not self.settings.augment:
             return sample
         seen = augment_observation(observation_of(sample), self.image, self.settings.seed, position)
@@ -60,3 +62,8 @@ def drops_state(settings: Settings, position: int) -> bool:
     """Whether the sample at this position of the training stream is shown without its state."""
     draw = np.random.Generator(np.random.Philox(key=[settings.seed, position])).random(7)[-1]
     return bool(draw < settings.state_dropout)
+
+
+def drops_history(settings: Settings, position: int) -> bool:
+    """Whether it is shown without its past actions."""
+    return bool(np.random.default_rng([settings.seed, position, 1]).random() < settings.history_dropout)

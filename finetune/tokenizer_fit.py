@@ -41,6 +41,7 @@ def normalized_chunks(
     horizon: int,
     held_out: Sequence[Collection[int]] = (),
     limit: int = MAX_CHUNKS,
+    normalization: str = "bounds_q99",
 ) -> np.ndarray:
     """float32 (N, H, D) chunks as training encodes them: normalised, the last action repeated at the end of an episode.
 
@@ -48,6 +49,7 @@ def normalized_chunks(
         sources: (dataset name, reader); the name is the one its statistics go by.
         held_out: of each source, the episodes to leave out.
         limit: N at most; the frames are then spread evenly over all.
+        normalization: as in `vla.spec.ActionSpec`.
     """
     parts: list[tuple[int, int, int]] = []  # (source, frame, end of its episode)
     for s, (_, source) in enumerate(sources):
@@ -60,7 +62,8 @@ def normalized_chunks(
     for s, (name, source) in enumerate(sources):
         mine = chosen[chosen[:, 0] == s]
         wanted = np.minimum(mine[:, 1:2] + np.arange(horizon), mine[:, 2:] - 1)  # (n, H)
-        chunks.append(action_normalizer(statistics, name, source.action_dim).normalize(source.actions()[wanted]))
+        normalizer = action_normalizer(statistics, name, source.action_dim, normalization)
+        chunks.append(normalizer.normalize(source.actions()[wanted]))
     return np.concatenate(chunks)
 
 

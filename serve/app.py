@@ -118,6 +118,7 @@ class Endpoint:
             {"images": {camera: uint8 (h, w, 3)}, ...} for several cameras; `"chunk": true` asks for all H actions
             {"full_image": ..., "*wrist*": ..., "state": ..., "instruction": ...} as OpenVLA-OFT sends it
             {"encoded": "<JSON text of one of the above>"}
+        A policy that is shown past actions is sent them as "past_actions": (n, D), (0, D) or [] at the beginning.
 
         Reply: float32 (D,), the chunk's first action, as a json_numpy object; (H, D) with `chunk`; for OpenVLA-OFT's
         body a list of H arrays (D,). An encoded body is answered by a JSON string that holds that reply's JSON.

@@ -8,7 +8,9 @@
         for action in chunk.actions:      # float32 (H, D), un-normalised
             robot.step(action)
 
-Images are sent as they are, uint8 RGB (height, width, 3), without loss.
+Images are sent as they are, uint8 RGB (height, width, 3), without loss. A policy whose `client.metadata["history"]` is K > 0
+is shown what the robot did: add "past_actions": executed[-K:], the actions of this episode as they were executed, oldest
+first; an empty list at its beginning.
 """
 
 from __future__ import annotations  # lets Python 3.8 read today's annotations
@@ -97,7 +99,7 @@ class PolicyClient:
 
         Args:
             observations: objects with `images`, `state`, `instruction` and `key`, or dicts with these keys
-                (`state` and `key` may be missing). Anything else they carry is not sent.
+                (`state` and `key` may be missing); both may have `past_actions`. Anything else they carry is not sent.
         """
         if not observations:
             return []
@@ -198,12 +200,16 @@ class PolicyClient:
 def _observation_json(item: Any) -> bytes:
     if isinstance(item, dict):
         images, state, instruction, key = item["images"], item.get("state"), item["instruction"], item.get("key")
+        past_actions = item.get("past_actions")
     else:
         images, state, instruction, key = item.images, item.state, item.instruction, item.key
+        past_actions = getattr(item, "past_actions", None)
     named = [json.dumps(name).encode() + b": " + _image_json(name, image) for name, image in images.items()]
     rest: dict[str, Any] = {"instruction": instruction, "key": [int(part) for part in key or ()]}
     if state is not None:
         rest["state"] = np.asarray(state, np.float64).tolist()
+    if past_actions is not None:
+        rest["past_actions"] = np.asarray(past_actions, np.float64).tolist()
     # Put together by hand: json.dumps would look at every character of the images again.
     return b"".join([b'{"images": {', b", ".join(named), b"}, ", json.dumps(rest).encode()[1:]])
 

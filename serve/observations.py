@@ -29,16 +29,25 @@ class Inputs:
     """Statistics the policy was loaded with."""
     unnorm_keys: tuple[str, ...]
     """All it carries."""
+    action_dim: int | None = None
+    history: int = 0
+    """Past actions it is shown."""
+    optional: tuple[str, ...] = ()
+    """Of `state` and `past_actions`, what it can do without."""
 
 
 def inputs_of(metadata: Mapping[str, Any]) -> Inputs:
-    """Reads the optional keys `cameras`, `state_names` or `state_dim`, `unnorm_key` and `unnorm_keys`."""
+    """Reads the optional keys `cameras`, `state_names` or `state_dim`, `unnorm_key`, `unnorm_keys`, `action_dim`, `history`
+    and `optional_inputs`."""
     cameras = metadata.get("cameras")
     return Inputs(
         cameras=None if cameras is None else tuple(cameras),
         state_dim=metadata.get("state_dim") or len(metadata.get("state_names") or ()) or None,
         unnorm_key=metadata.get("unnorm_key"),
         unnorm_keys=tuple(metadata.get("unnorm_keys") or ()),
+        action_dim=metadata.get("action_dim"),
+        history=metadata.get("history") or 0,
+        optional=tuple(metadata.get("optional_inputs") or ()),
     )
 
 
@@ -47,7 +56,8 @@ def observation_of(body: Mapping[str, Any], inputs: Inputs) -> Observation:
 
     Args:
         body: `images` {camera: image} or `image` (one camera) or OpenVLA-OFT's `full_image` and `*wrist*` keys;
-            `instruction`; `state` (json_numpy or a list of numbers); `key` (list of non-negative ints).
+            `instruction`; `state` (json_numpy or a list of numbers); `key` (list of non-negative ints); `past_actions`
+            (json_numpy or a list of actions, oldest first; empty at the beginning of an episode).
             An image is an array in json_numpy's form, or the base64 text of a PNG or JPEG file.
     """
     images = {name: _image(value, f"image {name!r}") for name, value in _named_images(body, inputs).items()}
@@ -55,7 +65,7 @@ def observation_of(body: Mapping[str, Any], inputs: Inputs) -> Observation:
     if missing:
         raise problem(f"cameras {sorted(images)}", f"all of {list(inputs.cameras or ())}", f"send {', '.join(missing)}")
     return Observation(images, _state(body.get("state"), inputs), _instruction(body.get("instruction")),
-                       _key(body.get("key")))  # fmt: skip
+                       _key(body.get("key")), past_actions=_past_actions(body.get("past_actions"), inputs))  # fmt: skip
 
 
 def check_unnorm_key(key: object, inputs: Inputs) -> None:
@@ -117,22 +127,50 @@ def _decode_file(text: str, name: str) -> np.ndarray:
 def _state(value: object, inputs: Inputs) -> np.ndarray | None:
     expected = "a list of finite numbers" if inputs.state_dim is None else f"{inputs.state_dim} finite numbers"
     if value is None:
-        if inputs.state_dim:
+        if inputs.state_dim and "state" not in inputs.optional:
             raise problem("no state", expected, "send the robot's state")
         return None
     if isinstance(value, list):
-        if not all(isinstance(item, int | float) and not isinstance(item, bool) for item in value):
+        if not _are_numbers(value):
             raise problem("a state with items that are not numbers", expected, "send a flat list of numbers")
         array = np.asarray(value, np.float64)
     else:
         array = wire.decode(value, "state")
     if array.ndim != 1 or array.dtype.kind not in "fiu" or (inputs.state_dim or len(array)) != len(array):
         raise problem(f"a state of shape {array.shape}, {array.dtype}", expected, "send the robot's state")
-    with np.errstate(over="ignore"):  # too large for float32 becomes infinite and is refused below
-        state = array.astype(np.float32)
-    if not np.isfinite(state).all():
-        raise problem(f"state {array.tolist()}", expected, "check the sensor")
-    return state
+    return _as_float32(array, "state", expected, "check the sensor")
+
+
+def _past_actions(value: object, inputs: Inputs) -> np.ndarray | None:
+    """float32 (n, D), the last ones the policy is shown."""
+    expected = f"the last {inputs.history} actions of this episode, oldest first" if inputs.history else "a list of actions"
+    expected += "" if inputs.action_dim is None else f", {inputs.action_dim} finite numbers each"
+    fix = "send the actions the robot executed, [] at the beginning of an episode"
+    if value is None:
+        if inputs.history and "past_actions" not in inputs.optional:
+            raise problem("no past_actions", expected, fix)
+        return None
+    if isinstance(value, list):
+        if not all(isinstance(row, list) and len(row) == len(value[0]) and _are_numbers(row) for row in value):
+            raise problem("past_actions that are not lists of numbers of one length", expected, fix)
+        array = np.array(value, np.float64).reshape(len(value), len(value[0]) if value else inputs.action_dim or 0)
+    else:
+        array = wire.decode(value, "past_actions")
+    if array.ndim != 2 or array.dtype.kind not in "fiu" or array.shape[1] != (inputs.action_dim or array.shape[1]):
+        raise problem(f"past_actions of shape {array.shape}, {array.dtype}", expected, fix)
+    return _as_float32(array[max(0, len(array) - inputs.history) :], "past_actions", expected, fix)
+
+
+def _are_numbers(values: list[Any]) -> bool:
+    return all(isinstance(item, int | float) and not isinstance(item, bool) for item in values)
+
+
+def _as_float32(array: np.ndarray, name: str, expected: str, fix: str) -> np.ndarray:
+    with np.errstate(over="ignore"):  # too large for float32 becomes infinite and is refused
+        numbers = array.astype(np.float32)
+    if not np.isfinite(numbers).all():
+        raise problem(f"{name} {array.tolist()}", expected, fix)
+    return numbers
 
 
 def _instruction(value: object) -> str:

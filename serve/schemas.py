@@ -30,6 +30,9 @@ class ObservationBody(BaseModel):
     instruction: str = Field(examples=["pick up the red cup"])
     state: ArrayBody | list[StrictFloat] | None = Field(None, description="proprioceptive state, un-normalised")
     key: list[StrictInt] = Field([], description="identity of this query; a sampling policy draws its noise from it")
+    past_actions: ArrayBody | list[list[StrictFloat]] | None = Field(
+        None, description="actions executed in this episode, oldest first, the last `history` of /metadata; [] at its start"
+    )
 
 
 class ActRequest(BaseModel):
@@ -41,6 +44,7 @@ class ActRequest(BaseModel):
     instruction: str | None = None
     state: ArrayBody | list[StrictFloat] | None = None
     key: list[StrictInt] | None = None
+    past_actions: ArrayBody | list[list[StrictFloat]] | None = None
     unnorm_key: str | None = Field(None, description="must be the statistics the server was started with")
 
 

@@ -1,19 +1,27 @@
-"""A fine-tuning run of several CPU processes: `python -m torch.distributed.run ... sharding.py FOLDER OUT CHANGES [fsdp]`."""
+"""Fine-tuning runs of several CPU processes: `accelerate launch ... sharding.py FOLDER HOW JOB...`.
+
+HOW is ddp, fsdp2, zero2 or zero3, as `accelerate launch` was told too. A job is JSON: {"out": "NAME", "changes": {...}} is
+a run, and with "back_to": 2 that run once more from its checkpoint of step 2, after `back_to`.
+"""
 
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+if __name__ == "__main__":
+    sys.modules["bitsandbytes"] = None  # pyright: ignore[reportArgumentType]  # seconds to import, and not used here
+
+from accelerate import Accelerator, DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import PartialState
 from torch.distributed.tensor import DTensor
 from training import sft_settings
 
-from vla.finetune import sft
+from vla.files import write_json
+from vla.finetune import sft, sft_launch
 
 
 class CpuSharding(Accelerator):
@@ -28,22 +36,74 @@ class CpuSharding(Accelerator):
         self.state.distributed_type, self.state.fsdp_plugin = DistributedType.FSDP, plugin
 
 
-def main(folder: Path, out: str, changes: dict[str, Any], *how: str) -> None:
-    if "fsdp" in how:
-        sft.Accelerator = CpuSharding
-        begin = sft.Loop.__init__
+class SmallParts(DeepSpeedPlugin):
+    """ZeRO-3 leaves parameters below 100,000 elements whole, which in a tiny model are all of them."""
 
-        def begin_sharded(self: sft.Loop, *rest: Any) -> None:
-            begin(self, *rest)
-            world = int(os.environ["WORLD_SIZE"])
-            whole = sum(p.numel() for p in self.model.parameters())
-            mine = sum(p.to_local().numel() for p in self.model.parameters() if isinstance(p, DTensor))
-            assert mine < 1.1 * whole / world, f"{mine} of {whole} elements in one of {world} processes"
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
 
-        sft.Loop.__init__ = begin_sharded
-    family = folder / changes.pop("family", "llava")
-    sft.run(sft_settings(folder, out=folder / out, backbone=str(family), **changes))
+
+def held_here(loop: sft.Loop, how: str) -> tuple[int, int]:
+    """(elements that this process holds, elements in all) of what is to be sharded."""
+    parameters = list(loop.model.parameters())
+    if how == "fsdp2":
+        held = [p.to_local().numel() for p in parameters if isinstance(p, DTensor)]
+        return sum(held), sum(p.numel() for p in parameters)
+    if how == "zero3":
+        return sum(p.ds_tensor.numel() for p in parameters), sum(p.ds_numel for p in parameters)
+    flat = loop.optimizer.optimizer.single_partition_of_fp32_groups
+    return sum(p.numel() for p in flat), sum(p.numel() for p in parameters if p.requires_grad)
+
+
+def really(how: str) -> None:
+    """Have every run check that it is sharded, as `accelerate launch` was told."""
+    begin = sft.Loop.__init__
+
+    def begin_sharded(self: sft.Loop, *rest: Any) -> None:
+        begin(self, *rest)
+        assert self.accelerator.num_processes == 2
+        if how != "ddp":
+            mine, whole = held_here(self, how)
+            assert 0 < mine < 0.55 * whole, f"{mine} of {whole} elements in one of two processes"
+
+    sft.Loop.__init__ = begin_sharded
+
+
+def without_compiler() -> None:
+    """DeepSpeed's collectives in shared memory are built at first use; gloo's own do."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def back_to(run: Path, step: int) -> None:
+    """Leave a run as it was after an earlier step; all of its checkpoints are copied to `run/kept`."""
+    shutil.rmtree(run / "kept", ignore_errors=True)
+    shutil.copytree(run / "checkpoints", run / "kept")
+    for later in (run / "checkpoints").glob("step-*"):
+        if int(later.name.removeprefix("step-")) > step:
+            shutil.rmtree(later)
+    write_json(run / "checkpoints" / "latest.json", {"checkpoint": f"step-{step:08d}"})
+
+
+def main(folder: Path, how: str, jobs: list[dict[str, Any]]) -> None:
+    if how == "fsdp2":
+        sft_launch.Accelerator = CpuSharding
+    if how.startswith("zero"):
+        without_compiler()
+        sft_launch.DeepSpeedPlugin = SmallParts
+    really(how)
+    for job in jobs:
+        changes, out = dict(job["changes"]), folder / job["out"]
+        if "back_to" in job:
+            changes["resume"] = True
+            if PartialState().is_main_process:
+                back_to(out, job["back_to"])
+            PartialState().wait_for_everyone()
+        family = folder / changes.pop("family", "llava")
+        sft.run(sft_settings(folder, out=out, backbone=str(family), **changes))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]), *sys.argv[4:])
+    main(Path(sys.argv[1]), sys.argv[2], [json.loads(job) for job in sys.argv[3:]])

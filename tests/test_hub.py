@@ -17,11 +17,8 @@ from urllib.parse import unquote, urlsplit
 import huggingface_hub.constants
 import numpy as np
 import pytest
-from test_hdf5_reader import write as write_hdf5
 
-from vla.finetune.data.open_source import open_source
 from vla.finetune.formats.hub import HubAddress, open_hub, parse_address
-from vla.finetune.formats.hub_stream import stream
 from vla.finetune.formats.lerobot_reader import LeRobotReader
 from vla.types import VlaError
 
@@ -255,73 +252,3 @@ def test_connection_that_keeps_breaking(server, monkeypatch, tmp_path):
     assert not list((tmp_path / "cache").rglob("snapshots/**/data/**/*.parquet"))  # nothing half-written
     server.cut[name] = 0
     assert reader.actions().shape == (39, 7)
-
-
-@pytest.mark.parametrize("kind", ["v21_image", "v21_video", "v3_video"])
-def test_stream_is_the_dataset(server, kind):
-    local = LeRobotReader(FIXTURES / f"lerobot_{kind}", name="toy")
-    got = list(stream(f"toy/{kind}", name="toy"))
-    for episode, wanted in zip(got, local.iter_episodes(), strict=True):
-        assert (episode.instruction, episode.success, episode.dataset) == (wanted.instruction, wanted.success, "toy")
-        for a, b in zip(episode.steps, wanted.steps, strict=True):
-            np.testing.assert_array_equal(a.action, b.action)
-            for camera, pixels in b.observation.images.items():
-                np.testing.assert_array_equal(a.observation.images[camera], pixels)
-
-
-def test_stream_keeps_no_more_than_it_may(server, tmp_path):
-    files = sorted((server.root / "toy/v21_video").rglob("*_00000*"))
-    most = 0
-    for episode in stream("toy/v21_video", max_cached_gb=0.0):
-        assert len(episode) > 0
-        present = {path.name for path in (tmp_path / "cache").rglob("snapshots/**/episode_00*") if path.exists()}
-        most = max(most, len(present))
-    assert len(files) == 9 and most == 2  # one parquet file and its videos, which have the same name
-    assert not [path for path in (tmp_path / "cache").rglob("episode_00*") if path.suffix != ".lock"]
-    assert cached_blobs(tmp_path) < 10_000  # the tables
-    open_hub("toy/v21_image").actions()  # not the stream's own: left alone
-    before = cached_blobs(tmp_path)
-    list(stream("toy/v21_image", max_cached_gb=0.0, cameras=()))
-    assert cached_blobs(tmp_path) == before
-
-
-def test_stream_of_hdf5_holds_one_file(server, tmp_path):
-    for k in range(3):
-        write_hdf5(server.root / f"toy/libero/libero_goal/task_{k}_demo.hdf5", {"demo_0": 2, "demo_1": 3}, seed=k)
-    episodes = []
-    for episode in stream("toy/libero/libero_goal", max_cached_gb=0.0):
-        assert len([path for path in (tmp_path / "cache").rglob("*_demo.hdf5") if path.exists()]) == 1
-        episodes.append(episode)
-    assert [episode.task for episode in episodes] == ["task_0", "task_0", "task_1", "task_1", "task_2", "task_2"]
-    assert episodes[0].dataset == "libero_goal" and not list((tmp_path / "cache").rglob("*_demo.hdf5"))
-    reader = open_hub("toy/libero/libero_goal")
-    assert (reader.n_episodes, len(reader), reader.name) == (6, 15, "libero_goal")
-    np.testing.assert_array_equal(reader.actions()[:2], np.stack([step.action for step in episodes[0].steps]))
-
-
-def test_rlds_is_opened_whole_and_streamed_shard_by_shard(server, tmp_path, monkeypatch):
-    monkeypatch.setenv("VLA_CACHE", str(tmp_path / "index"))
-    shutil.copytree(FIXTURES / "rlds/tiny_arm", server.root / "toy/rlds/tiny_arm")
-    wanted = open_source(FIXTURES / "rlds/tiny_arm", name="tiny_arm")
-    got = []
-    for episode in stream("toy/rlds/tiny_arm", max_cached_gb=0.0):
-        assert len([path for path in (tmp_path / "cache").rglob("*.tfrecord-*") if path.exists()]) == 1
-        got.append(episode)
-    assert len(got) == wanted.n_episodes > 3 and not any("-val." in name for name in server.gets)
-    for episode, other in zip(got, wanted.iter_episodes(), strict=True):
-        assert (episode.instruction, episode.dataset, len(episode)) == (other.instruction, "tiny_arm", len(other))
-        np.testing.assert_array_equal(episode.steps[-1].action, other.steps[-1].action)
-        for camera, pixels in other.steps[0].observation.images.items():
-            np.testing.assert_array_equal(episode.steps[0].observation.images[camera], pixels)
-    whole = open_hub("toy/rlds/tiny_arm")
-    assert whole.name == "tiny_arm"
-    np.testing.assert_array_equal(whole.actions(), wanted.actions())
-
-
-def test_what_does_not_stream(server):
-    (server.root / "toy/texts").mkdir()
-    (server.root / "toy/texts/a.txt").write_text("a")
-    with pytest.raises(VlaError, match=r"toy/texts@main with a.txt; expected meta/info.json .LeRobot."):
-        next(stream("toy/texts"))
-    with pytest.raises(VlaError, match=r"max_cached_gb -1"):
-        next(stream("toy/v21_image", max_cached_gb=-1))

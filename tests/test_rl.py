@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from training import fake_dataset, sft_settings, tiny_backbone
 
+from vla.card_facts import read_facts, write_facts
 from vla.files import read_jsonl
 from vla.finetune import rl, sft
 from vla.policy import load_policy
@@ -62,6 +64,31 @@ def test_metrics_and_result(folder, straight):
     loaded = load_policy(straight)
     assert [entry["stage"] for entry in loaded.spec.provenance] == ["finetune", "rl"]
     assert (folder / "straight" / "curves.png").stat().st_size > 5000
+
+
+def test_the_card_has_the_figures_of_both_trainings(folder, straight):
+    rows = read_jsonl(folder / "straight" / "metrics.jsonl")
+    first, second = read_facts(straight)["runs"]
+    assert [(run["name"], run["counter"], run["steps"]) for run in (first, second)] == [("sft", "step", 30), ("straight", "iteration", 2)]  # fmt: skip
+    assert second["figures"]["highest_success"] == max(row["success"] for row in rows)
+    assert second["figures"]["success/reach-near"] == rows[-1]["success/reach-near"]
+    text = (straight / "README.md").read_text()
+    for words in (
+        "Run `sft`, 30 steps", "| held-out loss |", "Run `straight`, 2 iterations, last values in its metrics.jsonl:",
+        f"| success rate of the training roll-outs, sampled | {rows[-1]['success']:.4g} | `success` |",
+        f"| success/reach-near | {rows[-1]['success/reach-near']:.4g} |", "has not been measured",
+    ):  # fmt: skip
+        assert words in text, words
+
+
+def test_evaluations_of_the_policy_before_are_not_of_this_one(folder):
+    start = folder / "evaluated"
+    shutil.copytree(folder / "sft" / "policy", start)
+    entry = {"name": "e", "suite": "fake", "tasks": ["t"], "successes": 1, "trials": 1, "faults": 0, "command": ""}
+    write_facts(start, {**read_facts(start), "license": "mit", "evaluations": [entry]})
+    result = rl.run(settings(folder, policy=start, out=folder / "after", iterations=1, groups=1, max_groups=1), SUITE)
+    facts = read_facts(result)
+    assert facts["license"] == "mit" and len(facts["runs"]) == 2 and "evaluations" not in facts
 
 
 def test_worker_processes_and_slots_change_nothing(folder, straight):

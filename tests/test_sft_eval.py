@@ -23,7 +23,7 @@ from vla.finetune.curves import curves_page
 from vla.finetune.sft_eval import Best, success_figures
 from vla.finetune.sft_samples import drops_state
 from vla.finetune.sft_setup import observation_of, open_datasets
-from vla.inputs import UNKNOWN_STATE, prepare_prompt
+from vla.inputs import UNKNOWN, prepare_prompt
 from vla.policy import load_policy
 from vla.testing import FakeExpert, FakeSuite
 from vla.tokenizers.schemes import SCHEMES
@@ -192,7 +192,7 @@ def test_state_dropout(folder):
     assert a == pytest.approx(b, rel=1e-5)
     seen, _ = FakeSuite().make("reach-near").reset(seed=0)
     blind = dataclasses.replace(seen, state=None)
-    assert f"State: {UNKNOWN_STATE}." in prepare_prompt(blind, policy.spec.prompt)
+    assert f"State: {UNKNOWN}." in prepare_prompt(blind, policy.spec.prompt)
     assert policy.act([blind])[0].ok
     with pytest.raises(VlaError, match="got no state"):
         prepare_prompt(blind, dataclasses.replace(policy.spec.prompt, state_optional=False))

@@ -1,10 +1,13 @@
-"""Several processes train what one trains: data parallel and sharded, on CPUs with gloo, from the files that are shipped."""
+"""Several processes train what one trains: data parallel and sharded, on CPUs with gloo, from the files that are shipped.
+
+Starting processes is most of the time here, so one launch makes several runs.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,15 +15,19 @@ from pathlib import Path
 import pytest
 import yaml
 from safetensors.torch import load_file
+from sharding import back_to
 from training import fake_dataset, sft_settings, tiny_backbone
 
-from vla.files import read_jsonl, write_json
-from vla.finetune import sft
+from vla.files import read_jsonl
+from vla.finetune import sft, sft_launch
 from vla.policy import load_policy
 from vla.types import VlaError
 
 TESTS = Path(__file__).parent
 LAUNCH_FILES = TESTS.parent / "examples" / "accelerate"
+deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="needs the extra [deepspeed]: pip install '.[deepspeed]'"
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +39,25 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def run_two(folder: Path, out: str, changes: dict, *how: str) -> subprocess.CompletedProcess[str]:
-    """Two processes on this machine. For FSDP as `accelerate launch` starts them, with the shipped file."""
+def run_two(folder: Path, how: str, *jobs: dict) -> None:
+    """Runs of two processes on this machine, one after another; see tests/sharding.py."""
     # Not the `accelerate` script, which imports every command it has.
-    launch = ["accelerate.commands.launch", "--config_file", str(LAUNCH_FILES / "fsdp2.yaml")]
-    plain = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [sys.executable, "-m", *(launch if how else plain), str(TESTS / "sharding.py")]
-    return subprocess.run(
-        [*command, str(folder), out, json.dumps(changes), *how], capture_output=True, text=True, timeout=300,
+    launch = ["accelerate.commands.launch", "--config_file", str(LAUNCH_FILES / f"{how}.yaml"), "--main_process_port", "0"]
+    done = subprocess.run(
+        [sys.executable, "-m", *launch, str(TESTS / "sharding.py"), str(folder), how, *map(json.dumps, jobs)],
+        capture_output=True, text=True, timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}:{TESTS.parent}"},
     )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def run_one(folder: Path, out: str, changes: dict) -> Path:
+    """The same in one process; once for all tests."""
+    if not (folder / out).exists():
+        backbone = str(folder / changes.get("family", "llava"))
+        rest = {name: value for name, value in changes.items() if name != "family"}
+        sft.run(sft_settings(folder, out=folder / out, backbone=backbone, **rest))
+    return folder / out
 
 
 def same_training(one: Path, two: Path, rel: float) -> None:
@@ -52,74 +68,118 @@ def same_training(one: Path, two: Path, rel: float) -> None:
     ]
     assert len(rows[0]) > 2
     for a, b in zip(*rows, strict=True):
-        assert a.keys() == b.keys()
         # Not the accuracies: new tokens start equal, so at first the best of them is a matter of rounding.
-        for name in a.keys() & {"step", "loss", "lr", "epoch", "holdout_loss"}:
-            assert a[name] == pytest.approx(b[name], rel=2e-5 if a["step"] == 1 else rel), name
+        for name in ("step", "loss", "lr", "epoch", "holdout_loss"):
+            assert a.get(name) == pytest.approx(b.get(name), rel=2e-5 if a["step"] == 1 else rel), name
     assert rows[0][0]["grad_norm"] == pytest.approx(rows[1][0]["grad_norm"], rel=2e-5)
-    adapters = [load_file(run / "policy" / "adapter" / "adapter_model.safetensors") for run in (one, two)]
-    assert adapters[0].keys() == adapters[1].keys()
-    for name, value in adapters[0].items():
-        assert (value - adapters[1][name]).abs().max() < rel, name
+    same_files(one / "policy", two / "policy", rel)
     assert load_policy(two / "policy").metadata["unnorm_key"] == "fake"
 
 
-SETTINGS = {
-    "accumulated": ({"batch_size": 8}, {"batch_size": 2, "grad_accumulation": 2}),
+def same_files(one: Path, two: Path, atol: float) -> None:
+    """The same tensors in the same files, to within `atol`."""
+    found = [{path.relative_to(run) for path in run.rglob("*.safetensors")} for run in (one, two)]
+    assert found[0] and found[0] == found[1]
+    for path in found[0]:
+        a, b = load_file(one / path), load_file(two / path)
+        assert a.keys() == b.keys(), path
+        for name, value in a.items():
+            assert value.dtype == b[name].dtype
+            assert (value - b[name]).abs().max() <= atol, f"{path}: {name}"
+
+
+CASES = {
+    # how one process takes the global batch, how each of two does, and to what later steps agree
+    "accumulated": ({"batch_size": 8}, {"batch_size": 2, "grad_accumulation": 2}, 2e-4),
     "a fitted scheme": (
         {"batch_size": 4, "tokenizer": "fast", "loss_over": "actions"},
-        {"batch_size": 1, "grad_accumulation": 2, "tokenizer": "fast", "loss_over": "actions"},
+        {"batch_size": 1, "grad_accumulation": 2, "tokenizer": "fast", "loss_over": "actions"}, 2e-3,
     ),
-}
-RELATIVE = {"accumulated": 2e-4, "a fitted scheme": 2e-3}
+    "full": ({"batch_size": 4, "method": "full"}, {"batch_size": 1, "grad_accumulation": 2, "method": "full"}, 2e-3),
+}  # fmt: skip
+RUN = {"steps": 4, "policy_from": "best", "free_running_samples": 4}
 
 
-@pytest.mark.parametrize("case", ["accumulated", "a fitted scheme"])
-def test_two_processes_equal_one(folder, case):
-    one, two = SETTINGS[case]
-    sft.run(sft_settings(folder, out=folder / f"one {case}", steps=3, **one))
-    done = run_two(folder, f"two {case}", {"steps": 3, **two})
-    assert done.returncode == 0, done.stderr[-3000:]
-    same_training(folder / f"one {case}", folder / f"two {case}", RELATIVE[case])
+def settings_of(case: str, how: str = "one") -> dict:
+    """ZeRO-3 cannot have the policy act, which changes nothing about training."""
+    return {**RUN, **CASES[case][how != "one"], **({"free_running_samples": 0} if how == "zero3" else {})}
 
 
-@pytest.mark.parametrize("family", ["llava", pytest.param("smolvlm", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("case", ["accumulated", pytest.param("a fitted scheme", marks=pytest.mark.slow)])
-def test_two_sharded_processes_equal_one(folder, case, family):
-    """FSDP2: the same training, the same checkpoints, resumed to the last bit of the optimiser's state."""
-    one, two = SETTINGS[case]
-    common = {"steps": 4, "free_running_samples": 0, "policy_from": "best"}
-    name = f"{family} {case}"
-    sft.run(sft_settings(folder, out=folder / f"whole {name}", backbone=str(folder / family), **common, **one))
-    done = run_two(folder, f"sharded {name}", {**common, **two, "family": family}, "fsdp")
-    assert done.returncode == 0, done.stderr[-3000:]
-    run = folder / f"sharded {name}"
-    same_training(folder / f"whole {name}", run, RELATIVE[case])
-    kept = folder / f"kept {name}"
-    shutil.copytree(run / "checkpoints", kept)
-    shutil.rmtree(run / "checkpoints" / "step-00000004")
-    write_json(run / "checkpoints" / "latest.json", {"checkpoint": "step-00000002"})
-    done = run_two(folder, run.name, {**common, **two, "family": family, "resume": True}, "fsdp")
-    assert done.returncode == 0, done.stderr[-3000:]
-    for file in (
-        "step-00000004/trainable.safetensors",
-        "step-00000004/optimizer.safetensors",
-        "best/trainable.safetensors",
-    ):
-        assert (kept / file).read_bytes() == (run / "checkpoints" / file).read_bytes(), file
+def test_two_processes_equal_one(folder):
+    cases = ["accumulated", "a fitted scheme"]
+    run_two(folder, "ddp", *({"out": f"ddp {case}", "changes": settings_of(case, "ddp")} for case in cases))
+    for case in cases:
+        same_training(run_one(folder, f"one {case}", settings_of(case)), folder / f"ddp {case}", CASES[case][2])
+
+
+@pytest.mark.parametrize("how", ["fsdp2", *(pytest.param(how, marks=deepspeed) for how in ("zero2", "zero3"))])
+def test_two_sharded_processes_equal_one(folder, how):
+    """The same training and the same checkpoints, resumed to the last bit of the optimiser's state; full fine-tuning too."""
+    cases = ["accumulated", "full"] if how != "zero2" else ["accumulated"]
+    jobs = [{"out": f"{how} {case}", "changes": settings_of(case, how)} for case in cases]
+    run_two(folder, how, *jobs, {**jobs[0], "back_to": 2})
+    for case in cases:
+        one, two = run_one(folder, f"one {case}", settings_of(case)), folder / f"{how} {case}"
+        same_training(one, two, CASES[case][2])
+        same_files(one / "checkpoints", two / "checkpoints", CASES[case][2])
+    resumed = folder / f"{how} accumulated"
+    same_files(resumed / "kept", resumed / "checkpoints", 0.0)
+    assert (resumed / "kept" / "step-00000004").is_dir()
+    assert not list(resumed.rglob("*.pt")) + list(resumed.rglob("*.bin"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["fsdp2", *(pytest.param(how, marks=deepspeed) for how in ("zero2", "zero3"))])
+def test_more_families_and_launch_kinds(folder, how):
+    """Another backbone and a fitted scheme, sharded; a run of two DDP processes is continued sharded."""
+    case, more = "a fitted scheme", {"family": "smolvlm"}
+    run_two(folder, "ddp", {"out": f"began for {how}", "changes": settings_of(case, how)})
+    begun = folder / f"began for {how}"
+    back_to(begun, 2)
+    jobs = [
+        {"out": begun.name, "changes": {**settings_of(case, how), "resume": True}},
+        {"out": f"{how} smolvlm", "changes": settings_of(case, how) | more},
+        {"out": f"{how} half", "changes": settings_of("accumulated", how) | {"precision": "bf16"}},
+    ]
+    run_two(folder, how, *jobs)
+    same_files(begun / "kept", begun / "checkpoints", CASES[case][2])
+    same_training(run_one(folder, "one smolvlm", settings_of(case) | more), folder / f"{how} smolvlm", CASES[case][2])
+    half = run_one(folder, "one half", settings_of("accumulated") | {"precision": "bf16"})
+    losses = [[row["loss"] for row in read_jsonl(run / "metrics.jsonl") if "loss" in row] for run in (half, folder / f"{how} half")]  # fmt: skip
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+def test_fsdp_on_a_cpu_is_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(VlaError, match="an FSDP launch on cpu .*expected several GPUs"):
+        sft.run(sft_settings(folder, out=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_deepspeed_that_is_not_there(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(VlaError, match=r"a DeepSpeed launch without deepspeed; .*pip install 'vla-toolkit\[deepspeed\]'"):
+        sft.run(sft_settings(folder, out=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    ("variable", "message"),
+    ("stage", "changes", "message"),
     [
-        ("ACCELERATE_USE_DEEPSPEED", "a DeepSpeed launch; expected DDP or FSDP2"),
-        ("ACCELERATE_USE_FSDP", "an FSDP launch on cpu .*expected several GPUs"),
+        (1, {}, "DeepSpeed with zero_stage 1; expected 2 or 3"),
+        (2, {"optimizer": "adamw8bit"}, "DeepSpeed with --optimizer adamw8bit; expected adamw"),
+        (2, {"precision": "fp16"}, "DeepSpeed with weights or losses in half precision; .*--precision bf16"),
+        (3, {}, "ZeRO-3 with evaluations in which the policy acts; .*--free-running-samples 0"),
+        (3, {"method": "qlora", "free_running_samples": 0}, "ZeRO-3 with --method qlora; .*zero2.yaml"),
     ],
 )
-def test_launches_that_would_not_do_what_they_say(folder, tmp_path, monkeypatch, variable, message):
-    monkeypatch.setenv(variable, "true")
+def test_deepspeed_that_would_not_do_what_it_says(folder, tmp_path, monkeypatch, stage, changes, message):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", str(stage))
+    monkeypatch.setattr(sft_launch, "require_deepspeed", lambda: None)  # all of these are told before it is used
     with pytest.raises(VlaError, match=message):
-        sft.run(sft_settings(folder, out=tmp_path / "run"))
+        sft.run(sft_settings(folder, out=tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
 
 

@@ -233,3 +233,14 @@ def test_other_errors_are_not_called_a_full_disk(tmp_path):
         raise PermissionError(errno.EACCES, "no")
     with pytest.raises(SafetensorError, match="other"), checkpoint.disk_full_said(tmp_path):
         raise SafetensorError("other")
+
+
+def test_resume_wants_the_data_it_began_with(folder, tmp_path):
+    out = tmp_path / "run"
+    settings = settings_of(folder, out, steps=2)
+    sft.run(settings)
+    found = json.loads((out / "data.json").read_text())
+    assert list(found) == ["fake"] and len(found["fake"]) == 16
+    (out / "data.json").write_text(json.dumps({"fake": "0" * 16}))
+    with pytest.raises(VlaError, match=r"fake with other episodes.*data.json says; expected the same data"):
+        sft.run(dataclasses.replace(settings, resume=True))

@@ -15,7 +15,6 @@ from vla.finetune.data.quantiles import RowStore, order_statistics, quantiles, r
 from vla.finetune.data.statistics import (
     FILE,
     action_mask,
-    cached_statistics,
     constant_dimensions,
     constant_warnings,
     dataset_statistics,
@@ -246,16 +245,10 @@ def test_openvla_reads_the_file_as_it_is(tmp_path):
     assert unnormalized[6] == 0 and len(stats["q01"]) == 7
 
 
-def test_hash_over_declared_fields_and_cache(tmp_path):
+def test_hash_over_declared_fields():
     source = toy_source()
     base = statistics_hash(source)
     assert base == statistics_hash(toy_source()) and len(base) == 16
     assert base != statistics_hash(source, {"split": "train[:95%]"}) != statistics_hash(source, {"split": "train"})
     assert base != statistics_hash(toy_source(name="other")) and base != statistics_hash(toy_source(3))
     assert statistics_hash(toy_source(2, 7)) != statistics_hash(toy_source(2, 8))
-    first = cached_statistics(source, tmp_path)
-    assert first == dataset_statistics(source) and len(list(tmp_path.iterdir())) == 1
-    source._actions += 1.0  # not read again
-    assert cached_statistics(source, tmp_path) == first
-    assert cached_statistics(source, tmp_path, gripper_dim=None)["action"]["mask"] == [True] * 3
-    assert len(list(tmp_path.iterdir())) == 2

@@ -15,8 +15,8 @@ def fake_dataset(folder: Path, episodes_per_task: int = 4) -> Path:
     return folder / "fake"
 
 
-def tiny_backbone(folder: Path, family: str = "llava") -> Path:
-    FAMILIES[family](folder / family)
+def tiny_backbone(folder: Path, family: str = "llava", width: int = 1) -> Path:
+    FAMILIES[family](folder / family, width)
     return folder / family
 
 

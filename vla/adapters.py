@@ -30,6 +30,11 @@ Method = Literal["lora", "qlora", "dora", "rslora", "full"]
 magnitude of each column apart (2402.09353), scaled by alpha / sqrt(r) instead of alpha / r (2312.03732), or themselves."""
 PARTS = ("llm", "projector", "vision")
 ALL_PARTS = "all"
+ALL_LINEAR = "all-linear"
+"""What PEFT's setting of this name finds in OpenVLA: all linear layers, the output head and, because it goes by the last
+part of a name, the patch embedding's convolution. The head's LoRA then trains the action tokens' logits."""
+LoraInit = Literal["kaiming", "gaussian"]
+"""How the first of LoRA's two matrices starts; the second is zero."""
 
 
 def place_actions(
@@ -117,28 +122,42 @@ def part_of(module_name: str) -> str:
 
 
 def lora_targets(model: nn.Module, parts: Collection[str]) -> list[str]:
-    """Full names of the linear layers in the chosen parts; never the output head, nor layers the model does not run."""
-    chosen, idle = chosen_parts(parts), _idle_modules(model)
+    """Full names of the linear layers in the chosen parts; the output head only by `all-linear`, and never if it is tied to
+    the embedding; nor layers the model does not run."""
+    chosen, idle, every = chosen_parts(parts), _idle_modules(model), ALL_LINEAR in parts
+    head = None if not every or _is_tied(model) else model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not name.endswith("lm_head") and part_of(name) in chosen
-        and not name.startswith(idle)
+        if not name.startswith(idle)
+        and (
+            isinstance(module, nn.Linear) and not name.endswith("lm_head") and part_of(name) in chosen
+            or every and isinstance(module, nn.Conv2d) and name.endswith("patch_embed.proj")
+            or head is not None and module is head
+        )
     ]  # fmt: skip
 
 
+def _is_tied(model: Any) -> bool:
+    """Whether output head and embedding are one matrix."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return True
+    first, second = head.weight, model.get_input_embeddings().weight
+    return first is second or first.device.type != "meta" and first.data_ptr() == second.data_ptr()
+
+
 def chosen_parts(parts: Collection[str]) -> tuple[str, ...]:
-    """`parts` with `all` spelled out.
+    """`parts` with `all` and `all-linear` spelled out.
 
     Raises:
         VlaError: none, or one that does not exist.
     """
-    unknown = sorted(set(parts) - {*PARTS, ALL_PARTS})
+    unknown = sorted(set(parts) - {*PARTS, ALL_PARTS, ALL_LINEAR})
     if unknown or not parts:
-        raise problem(
-            f"LoRA parts {sorted(parts)}", f"some of {', '.join(PARTS)}, or {ALL_PARTS}", "correct --lora-parts"
-        )
-    return tuple(part for part in PARTS if part in parts or ALL_PARTS in parts)
+        raise problem(f"LoRA parts {sorted(parts)}", f"some of {', '.join(PARTS)}, or {ALL_PARTS}, or {ALL_LINEAR}",
+                      "correct --lora-parts")  # fmt: skip
+    return tuple(part for part in PARTS if part in parts or ALL_PARTS in parts or ALL_LINEAR in parts)
 
 
 def _idle_modules(model: nn.Module) -> tuple[str, ...]:
@@ -154,7 +173,7 @@ def load_dtype(method: Method, dtype: str) -> str:
 
 def make_trainable(
     backbone: Backbone, method: Method, *, dtype: torch.dtype, device: str, r: int, alpha: int, dropout: float,
-    parts: Collection[str], train_ids: Collection[int],
+    parts: Collection[str], train_ids: Collection[int], init: LoraInit = "kaiming",
 ) -> None:  # fmt: skip
     """Prepare `backbone.model`, loaded as `load_dtype` says, for training by `method`, in place; the rest as `attach_lora`."""
     if method == "full":
@@ -165,7 +184,7 @@ def make_trainable(
     else:
         for parameter in backbone.model.parameters():  # not the buffers: rotary frequencies stay float32
             parameter.data = parameter.data.to(dtype)
-    attach_lora(backbone, r=r, alpha=alpha, dropout=dropout, parts=parts, train_ids=train_ids, method=method)
+    attach_lora(backbone, r=r, alpha=alpha, dropout=dropout, parts=parts, train_ids=train_ids, method=method, init=init)
 
 
 def quantize_base(backbone: Backbone, dtype: torch.dtype, device: str) -> None:
@@ -193,12 +212,13 @@ def train_parts(backbone: Backbone, parts: Collection[str]) -> None:
 
 def attach_lora(
     backbone: Backbone, *, r: int, alpha: int, dropout: float, parts: Collection[str], train_ids: Collection[int],
-    method: Method = "lora",
+    method: Method = "lora", init: LoraInit = "kaiming",
 ) -> None:  # fmt: skip
     """Wrap `backbone.model` in a PEFT LoRA model, in place. What trains is float32, whatever the base is.
 
     Args:
-        train_ids: vocabulary rows trained besides LoRA, normally the action ids; other rows stay frozen.
+        train_ids: vocabulary rows trained besides LoRA, normally the action ids; other rows stay frozen. Of a head that
+            has LoRA of its own, none.
         method: any but full. For qlora, `backbone.model` is in 4 bits already (`vla.kbit.quantize_linears`).
     """
     model = backbone.model
@@ -206,12 +226,11 @@ def attach_lora(
     if train_ids:
         embedding = _module_name(model, model.get_input_embeddings())
         indices = {embedding: sorted(train_ids)}
-        head = model.get_output_embeddings()
-        if head.weight.data_ptr() != model.get_input_embeddings().weight.data_ptr():
-            indices[_module_name(model, head)] = sorted(train_ids)
+        if not _is_tied(model) and ALL_LINEAR not in parts:
+            indices[_module_name(model, model.get_output_embeddings())] = sorted(train_ids)
     config = LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=lora_targets(model, parts),
-        trainable_token_indices=indices, init_lora_weights=True, use_dora=method == "dora", use_rslora=method == "rslora",
+        trainable_token_indices=indices, init_lora_weights=True if init == "kaiming" else init, use_dora=method == "dora", use_rslora=method == "rslora",
     )  # fmt: skip
     backbone.model = get_peft_model(model, config)
     for parameter in backbone.model.parameters():

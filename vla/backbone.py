@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 
 from vla.decoding import ActionSampler, AllComplete, gumbel_noise
 from vla.fold_norms import fold_frozen_norms
+from vla.number_tokens import NumberTokens
 from vla.token_rows import only_rows
 from vla.tokenizers.grammar import IdGrammar
 from vla.types import VlaError, problem
@@ -95,6 +96,7 @@ class Backbone:
     def __init__(self, model: Any, processor: Any) -> None:
         self.model = model
         self.processor = processor
+        self._numbers: NumberTokens | None = None
         tokenizer = processor.tokenizer
         tokenizer.padding_side = "left"  # prompts then end in one column and action ids form a rectangle after it
         if tokenizer.pad_token_id is None:
@@ -119,16 +121,18 @@ class Backbone:
     def n_embeddings(self) -> int:
         return self.model.get_input_embeddings().weight.shape[0]
 
+    def show_numbers_as(self, ids: Sequence[int]) -> None:
+        """From now on the prompts' number characters (`vla.number_tokens`) become these ids, one per bin."""
+        self._numbers = NumberTokens(self.processor, ids)
+
     def encode(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> dict[str, torch.Tensor]:
         """Model inputs of B prompts, left-padded; `input_ids` is (B, prompt length)."""
-        if self.config.model_type == "openvla":
-            inputs = self.processor.encode(prompts, images)
+        if self._numbers is None:
+            inputs = self._processed(self.processor, prompts, images)
         else:
-            texts = [self._text(prompt, len(row)) for prompt, row in zip(prompts, images, strict=True)]
-            inputs = self.processor(
-                images=[list(row) for row in images], text=texts, padding=True, return_tensors="pt",
-                add_special_tokens=not self._templated,
-            )  # fmt: skip
+            texts, bins = self._numbers.taken_out(prompts)
+            inputs = self._processed(self._numbers.processor, texts, images)
+            inputs["input_ids"] = self._numbers.put_in(inputs["input_ids"], bins)
         inputs.pop("labels", None)  # PaliGemma's processor returns an all-ignored one
         return {
             name: value.to(self.device, self.model.dtype) if value.is_floating_point() else value.to(self.device)
@@ -184,15 +188,27 @@ class Backbone:
             {"min_new_tokens": grammar.max_tokens} if grammar.free else {"stopping_criteria": [AllComplete(sampler)]}
         )
         self.model.generate(
-            **inputs, logits_processor=[sampler], do_sample=False, max_new_tokens=grammar.max_tokens, **until
-        )
+            **inputs, logits_processor=[sampler], do_sample=False, max_new_tokens=grammar.max_tokens, **until,
+            synced_gpus=False,  # where training shards the model, it is whole while it acts: no process waits for another
+        )  # fmt: skip
         return sampler.token_ids, sampler.logprobs
+
+    def _processed(self, processor: Any, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Any:
+        """What `processor`, ours or a copy of it, makes of them."""
+        if self.config.model_type == "openvla":
+            return processor.encode(prompts, images)
+        texts = [self.text(prompt, len(row)) for prompt, row in zip(prompts, images, strict=True)]
+        return processor(
+            images=[list(row) for row in images], text=texts, padding=True, return_tensors="pt",
+            add_special_tokens=not self._templated,
+        )  # fmt: skip
 
     @property
     def _templated(self) -> bool:
         return bool(self.processor.chat_template)
 
-    def _text(self, prompt: str, n_images: int) -> str:
+    def text(self, prompt: str, n_images: int) -> str:
+        """What the processor is given for a prompt and its images: chat template and image placeholders added."""
         if self._templated:
             content = [{"type": "image"}] * n_images + [{"type": "text", "text": prompt}]
             messages = [{"role": "user", "content": content}]

@@ -1,7 +1,7 @@
 """card.json of a policy directory: what its model card says beyond policy.json, as data.
 
 {"license": str, "datasets": [Hub id], "limits": [sentence],
- "runs": [{"name", "command", "steps", "figures": {figure: value}}],
+ "runs": [{"name", "command", "steps", "counter": what is counted, step or iteration, "figures": {figure: value}}],
  "evaluations": [{"name", "suite", "tasks", "successes", "trials", "success_rate", "low", "high", "faults",
                   "seed", "command", ...}]}
 """
@@ -48,7 +48,8 @@ def without_evaluations(facts: Facts) -> Facts:
 
 
 def run_facts(folder: Path, command: str = "") -> Facts:
-    """What a training run's metrics.jsonl ends with: the last value of every figure, and the lowest held-out loss.
+    """What a training run's metrics.jsonl ends with: the last value of every figure, the lowest held-out loss, and of
+    reinforcement learning the highest success rate.
 
     Raises:
         VlaError: no metrics there.
@@ -63,7 +64,11 @@ def run_facts(folder: Path, command: str = "") -> Facts:
     losses = [(row["holdout_loss"], row[counter]) for row in rows if _is_figure(row.get("holdout_loss"))]
     if losses:
         figures["lowest_holdout_loss"], figures["lowest_holdout_loss_step"] = min(losses)
-    return {"name": folder.name, "command": command, "steps": int(rows[-1].get(counter, 0)), "figures": figures}
+    rates = [row["success"] for row in rows if counter == "iteration" and _is_figure(row.get("success"))]
+    if rates:
+        figures["highest_success"] = max(rates)
+    steps = int(rows[-1].get(counter, 0))
+    return {"name": folder.name, "command": command, "steps": steps, "counter": counter, "figures": figures}
 
 
 def with_entry(facts: Facts, part: str, entry: Facts) -> Facts:

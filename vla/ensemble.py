@@ -50,11 +50,13 @@ class EnsemblePolicy:
     """A policy whose chunks are one averaged action, for one robot that asks at every step. See `vla.types.Policy`.
 
     `reset()` begins an episode. An undecodable chunk is passed on as it is; the ensemble is then over until `reset()`.
+    A policy that reads past actions is shown the answers so far, unless an observation says what was executed.
     """
 
     def __init__(self, policy: Policy, m: float = 0.01) -> None:
         self.policy, self.m = policy, m
         self._ensemble: ChunkEnsemble | None = ChunkEnsemble(m)
+        self._answers: deque[np.ndarray] = deque(maxlen=int(policy.metadata.get("history") or 0))
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -66,12 +68,20 @@ class EnsemblePolicy:
                           "use one EnsemblePolicy per robot, or run_episodes(temporal_ensemble=...)")  # fmt: skip
         if self._ensemble is None:
             raise problem("a query after an undecodable chunk", "reset() first", "begin a new episode")
-        chunk = self.policy.act(observations)[0]
+        observation = observations[0]
+        if self._answers.maxlen and observation.past_actions is None:
+            n_dims = int(self.policy.metadata["action_dim"])
+            past = np.array(self._answers, np.float32).reshape(len(self._answers), n_dims)
+            observation = replace(observation, past_actions=past)
+        chunk = self.policy.act([observation])[0]
         if not chunk.ok:
             self._ensemble = None
             return [chunk]
-        return [replace(chunk, actions=self._ensemble.next(chunk.actions)[None])]
+        action = self._ensemble.next(chunk.actions)
+        self._answers.append(action)
+        return [replace(chunk, actions=action[None])]
 
     def reset(self) -> None:
         self.policy.reset()
         self._ensemble = ChunkEnsemble(self.m)
+        self._answers.clear()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -134,7 +134,7 @@ def check_observation(suite: Suite, observation: Observation, with_images: bool)
 
 
 def without_images(observation: Observation) -> Observation:
-    return Observation({}, observation.state, observation.instruction, observation.key, observation.privileged)
+    return replace(observation, images={})
 
 
 def guarded(what: str, call: Callable[[], Any]) -> Any:

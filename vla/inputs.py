@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image
 
@@ -10,7 +12,10 @@ from vla.resample import crop_and_resize, resize_lanczos3
 from vla.spec import ImageSpec, PromptSpec
 from vla.types import Observation, problem
 
-UNKNOWN_STATE = "unknown"
+UNKNOWN = "unknown"
+FIRST_NUMBER, LAST_NUMBER = 0xF0000, 0xFFFFD
+"""Unicode's supplementary private use area A, which no text has a use for: the bins of numbers that are shown as tokens.
+`vla.number_tokens` puts vocabulary ids in their places."""
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -71,13 +76,47 @@ def prepare_images(observation: Observation, spec: ImageSpec) -> list[Image.Imag
     return [prepare_image(observation.images[name], spec) for name in spec.cameras]
 
 
+def number_bins(values: np.ndarray, low: Sequence[float], high: Sequence[float], n_bins: int) -> np.ndarray:
+    """float (..., D) -> int64 (..., D) in 0..n_bins-1, clipped to the bounds of each dimension."""
+    low, high = np.asarray(low), np.asarray(high)
+    share = (values - low) / np.maximum(high - low, 1e-8)
+    return np.clip(np.floor(share * n_bins), 0, n_bins - 1).astype(np.int64)
+
+
 def state_text(state: np.ndarray, spec: PromptSpec) -> str:
-    """Each shown dimension as an integer 0..state_bins-1, clipped to the spec's bounds, separated by spaces."""
+    """Each shown dimension as its bin: integers separated by spaces, or one character per number (`number_tokens`)."""
     if not np.isfinite(state).all():
         raise problem(f"state {state.tolist()}", "finite numbers", "check the sensor or the dataset")
-    low, high = np.asarray(spec.state_low), np.asarray(spec.state_high)
-    share = (state - low) / np.maximum(high - low, 1e-8)
-    bins = np.clip(np.floor(share * spec.state_bins), 0, spec.state_bins - 1).astype(int)
+    return _row_text(number_bins(state, spec.state_low, spec.state_high, spec.state_bins), spec)
+
+
+def history_text(actions: np.ndarray | None, spec: PromptSpec) -> str:
+    """The last `spec.history` of the past actions (n, D), oldest first: each as a state is, `unknown` before the first.
+
+    None, where the policy learned to do without, is as at the beginning of an episode.
+    """
+    dim = len(spec.history_low)
+    if actions is None and not spec.history_optional:
+        raise problem("no past actions", f"the last {spec.history} of this episode, {dim} numbers each",
+                      "send the actions that were executed, an empty list at the beginning of an episode; or train with "
+                      "history dropout")  # fmt: skip
+    if actions is None:
+        actions = np.zeros((0, dim), np.float32)
+    fits = actions.ndim == 2 and actions.shape[1] == dim
+    if not fits or not np.isfinite(actions).all():
+        got = f"past actions of shape {actions.shape}" + (", not all finite" if fits else "")
+        raise problem(got, f"finite numbers (n, {dim}), oldest first", "send the actions that were executed")
+    shown = actions[len(actions) - min(len(actions), spec.history) :]
+    rows = [_row_text(row, spec) for row in number_bins(shown, spec.history_low, spec.history_high, spec.state_bins)]
+    missing = [UNKNOWN] * (spec.history - len(shown))
+    if spec.numbers_as == "tokens":
+        return " ".join([*missing, "".join(rows)]) if rows else " ".join(missing)
+    return "; ".join([*missing, *rows])
+
+
+def _row_text(bins: np.ndarray, spec: PromptSpec) -> str:
+    if spec.numbers_as == "tokens":
+        return "".join(chr(FIRST_NUMBER + int(b)) for b in bins)
     return " ".join(map(str, bins))
 
 
@@ -85,14 +124,22 @@ def prepare_prompt(observation: Observation, spec: PromptSpec) -> str:
     """The text a backbone is given for this observation."""
     if not observation.instruction.strip():
         raise problem("an empty instruction", "what the robot should do, in words", "send an instruction")
+    if spec.numbers_as == "tokens" and any(FIRST_NUMBER <= ord(c) <= LAST_NUMBER for c in observation.instruction):
+        raise problem("an instruction with characters that stand for numbers", "words", "send plain text")
     instruction = observation.instruction.strip().rstrip(".")
     values = {"instruction": instruction.lower() if spec.lowercase else instruction}
     if spec.state_names:
-        expected = (len(spec.state_names),)
-        if observation.state is None and spec.state_optional:
-            return spec.template.format(**values, state=UNKNOWN_STATE)
-        if observation.state is None or observation.state.shape != expected:
-            got = "no state" if observation.state is None else f"a state of shape {observation.state.shape}"
-            raise problem(got, f"{expected}: {', '.join(spec.state_names)}", "send the robot's state")
-        values["state"] = state_text(observation.state, spec)
+        values["state"] = _shown_state(observation.state, spec)
+    if spec.history:
+        values["history"] = history_text(observation.past_actions, spec)
     return spec.template.format(**values)
+
+
+def _shown_state(state: np.ndarray | None, spec: PromptSpec) -> str:
+    expected = (len(spec.state_names),)
+    if state is None and spec.state_optional:
+        return UNKNOWN
+    if state is None or state.shape != expected:
+        got = "no state" if state is None else f"a state of shape {state.shape}"
+        raise problem(got, f"{expected}: {', '.join(spec.state_names)}", "send the robot's state")
+    return state_text(state, spec)

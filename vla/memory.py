@@ -18,6 +18,7 @@ from vla.backbone import Backbone
 from vla.fold_norms import folded_convolutions
 from vla.kbit import is_packed, packed_bytes, packed_numel
 from vla.memory_probe import ACTIVATIONS, GRADIENTS, INPUTS, LOGITS, Allocations, trace
+from vla.token_rows import only_rows
 
 GB = 1e9
 WEIGHTS, PACKED, SCALES, TRAINED, OPTIMIZER = (
@@ -58,7 +59,7 @@ def static_parts(model: nn.Module) -> dict[str, int]:
 
 def estimate(
     backbone: Backbone, make_inputs: Callable[[], dict[str, torch.Tensor]], token_ids: torch.Tensor, *,
-    only_ids: torch.Tensor | None, autocast: torch.dtype | None, optimizer_bytes: int, passes: int = 1,
+    only_ids: torch.Tensor | None, autocast: torch.dtype | None, optimizer_bytes: int, passes: int = 1, head: str = "",
 ) -> MemoryEstimate:  # fmt: skip
     """Peak of a training step: cross-entropy of `token_ids` over the vocabulary, or over `only_ids`.
 
@@ -68,6 +69,7 @@ def estimate(
         autocast: precision of the forward pass, None for the weights' own.
         optimizer_bytes: state of the optimiser.
         passes: forward passes per optimiser step.
+        head: `vla.spec.HeadSpec.kind`; all T actions then come from one pass, and those of l1 have the L1 loss.
     """
 
     def loss(counted: Allocations) -> torch.Tensor:
@@ -75,9 +77,15 @@ def estimate(
         for tensor in inputs.values():
             counted.count(tensor, INPUTS)
         with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-            logits = backbone.action_logits(inputs, token_ids, only_ids=only_ids)
+            if head:
+                with only_rows(backbone.model, only_ids):
+                    logits = backbone.model(**inputs, n_actions=token_ids.shape[1])
+            else:
+                logits = backbone.action_logits(inputs, token_ids, only_ids=only_ids)
         counted.count(logits, LOGITS)
         counted.label = LOGITS
+        if head == "l1":
+            return logits.float().abs().sum()
         targets = torch.zeros_like(token_ids).flatten()
         losses = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets, reduction="none")
         total = losses.sum()

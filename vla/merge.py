@@ -35,7 +35,7 @@ from vla.merge_weights import ADAPTER_FILE, Plan, add_adapter, grow, open_base
 from vla.model_card import model_card
 from vla.policy import STATISTICS_FILE, library_versions, load_policy, read_statistics
 from vla.progress import Progress
-from vla.spec import FILE, FORMAT_VERSION, TOKENIZER_FOLDER, PolicySpec, read_spec, read_tokenizer, to_json
+from vla.spec import FILE, FORMAT_VERSION, HEAD_FOLDER, TOKENIZER_FOLDER, PolicySpec, read_spec, read_tokenizer, to_json
 from vla.tokenizers.placement import Placement
 from vla.types import problem
 from vla.weight_files import INDEX
@@ -152,7 +152,9 @@ def write_rest(
     plan: Plan, spec: PolicySpec, folder: Path, target: Path, settings: Settings, figures: dict[str, Any]
 ) -> None:
     """Everything of the policy directory besides its weights."""
-    for part in ("processor", "tokenizer"):
+    for part in ("processor", "tokenizer", *((HEAD_FOLDER,) if spec.head is not None else ())):
+        if not (folder / part).is_dir():
+            raise problem(f"no {part}/ in {folder}", "all of a policy directory", "restore it from a copy of the policy")
         shutil.copytree(folder / part, target / part, dirs_exist_ok=True)
     shutil.copytree(folder / "processor", target / "model", dirs_exist_ok=True)
     (target / TOKENIZER_FOLDER).mkdir(exist_ok=True)
@@ -165,6 +167,8 @@ def write_rest(
     )  # fmt: skip
     statistics, facts = read_statistics(folder / STATISTICS_FILE), without_evaluations(read_facts(folder))
     write_json(target / STATISTICS_FILE, statistics)
+    if plan.skeleton.config.model_type == "openvla":  # where its authors' code looks for them, and `vla import`
+        write_json(target / "model" / STATISTICS_FILE, statistics)
     write_json(target / FILE, to_json(merged))
     if facts:
         write_json(target / CARD_FILE, facts)
@@ -201,15 +205,18 @@ def _check(settings: Settings, spec: PolicySpec, folder: Path, target: Path, sto
     tolerance = settings.tolerance if settings.tolerance is not None else TOLERANCES[stored]
     before, after = _probe(folder), _probe(target)
     found = compare(before, after)
+    moved = "logit_change" if spec.says_tokens else "action_change"
     if not found.change <= tolerance:
         shutil.rmtree(target)
-        raise problem(f"logits that moved by {found.change:.2g} of their standard deviation in the merge; {found.reason}",
+        raise problem(f"{moved.split('_')[0]}s that moved by {found.change:.2g} of their standard deviation in the merge; {found.reason}",
                       f"at most {tolerance:g}", "report this model family and serve the adapter unmerged meanwhile, or pass "
                       "--tolerance")  # fmt: skip
-    figures: dict[str, Any] = {"logit_change": found.change, "tolerance": tolerance, "same_choice": found.same_choice}
+    same = {"same_choice": found.same_choice} if spec.says_tokens else {}
+    figures: dict[str, Any] = {moved: found.change, "tolerance": tolerance, **same}
     if spec.backbone.quantization != "none":
         trained = compare(_probe(folder, full_base=False), after)
-        figures["adapter_on_quantized"] = {"logit_change": trained.change, "same_choice": trained.same_choice}
+        same = {"same_choice": trained.same_choice} if spec.says_tokens else {}
+        figures["adapter_on_quantized"] = {moved: trained.change, **same}
     return figures
 
 
@@ -220,13 +227,20 @@ def _probe(folder: Path, full_base: bool = True) -> Probe:
 def _summary(figures: dict[str, Any]) -> str:
     if not figures:
         return "not checked"
-    text = (f"largest change of a logit {figures['logit_change']:.2g} of their standard deviation (at most "
-            f"{figures['tolerance']:g}); the same token in {figures['same_choice']:.1%} of probes")  # fmt: skip
+    what, change, same = _figures_in_words(figures)
+    text = f"largest change of {what} {change:.2g} of their standard deviation (at most {figures['tolerance']:g}){same}"
     if trained := figures.get("adapter_on_quantized"):
-        text += (f"\nnote: the adapter was trained on a base in 4 bits; from that policy, logits moved by up to "
-                 f"{trained['logit_change']:.2g} and {trained['same_choice']:.1%} of probes choose the same token. Evaluate "
-                 "the merged policy before you trust it.")  # fmt: skip
+        what, change, same = _figures_in_words(trained)
+        text += (f"\nnote: the adapter was trained on a base in 4 bits; from that policy, the largest change of {what} is "
+                 f"{change:.2g}{same}. Evaluate the merged policy before you trust it.")  # fmt: skip
     return text
+
+
+def _figures_in_words(figures: dict[str, Any]) -> tuple[str, float, str]:
+    """('a logit', its change, '; the same token in 99.0% of probes'); with an L1 head ('an action', its change, '')."""
+    if "action_change" in figures:
+        return "an action", figures["action_change"], ""
+    return "a logit", figures["logit_change"], f"; the same token in {figures['same_choice']:.1%} of probes"
 
 
 def _identity(folder: Path, plan: Plan, dtype: str) -> str:

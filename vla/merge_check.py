@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from vla.normalize import state_normalizer
 from vla.policy import LocalPolicy
 from vla.types import Observation
 
@@ -24,7 +25,7 @@ class Probe:
     """What a policy makes of the fixed observations."""
 
     logits: torch.Tensor
-    """float32 (2, T, n_symbols)."""
+    """float32 (2, T, n_symbols); with an L1 head the normalised actions (2, H, D)."""
     outputs: dict[str, torch.Tensor]
     """Module -> up to 1024 values of its output, float32, in the order the modules ran."""
 
@@ -75,18 +76,37 @@ def compare(before: Probe, after: Probe) -> Comparison:
 
 @torch.no_grad()
 def probe_logits(policy: LocalPolicy) -> torch.Tensor:
-    """(2, T, n_symbols) action-token logits of two fixed, meaningless observations."""
+    """(2, T, n_symbols) action-token logits of two fixed, meaningless observations; of an L1 head, what it answers."""
     spec, rng = policy.spec, np.random.default_rng(0)
     observations = []
     for instruction in ("open the drawer", "push the red button"):
         images = {c: rng.integers(0, 256, (spec.image.size_px,) * 2 + (3,), dtype=np.uint8) for c in spec.image.cameras}
-        state = np.asarray(spec.prompt.state_low, np.float32) if spec.prompt.state_names else None
-        observations.append(Observation(images, state, instruction))
+        state = _state(policy)
+        past = np.zeros((0, spec.action.dim), np.float32)
+        observations.append(Observation(images, state, instruction, past_actions=past))
+    if spec.head is not None:
+        return at_once(policy, policy.encode(observations))
     n = min(policy.codec.max_tokens, MAX_PROBE_TOKENS)
     ids = policy.legal_ids[:: max(1, len(policy.legal_ids) // n)][:n]
     ids = ids.repeat(-(-n // len(ids)))[:n].expand(2, -1)
     logits = policy.backbone.action_logits(policy.encode(observations), ids)
     return logits[..., policy.legal_ids].float()
+
+
+def at_once(policy: LocalPolicy, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What a policy with a head makes of its inputs in one pass: logits of the action ids, or actions."""
+    found = policy.backbone.model(**inputs, n_actions=policy.codec.horizon * policy.codec.dim).float()
+    return found[..., policy.legal_ids] if policy.spec.says_tokens else found
+
+
+def _state(policy: LocalPolicy) -> np.ndarray | None:
+    spec = policy.spec
+    if not spec.state_names:
+        return None
+    if spec.prompt.state_names:
+        return np.asarray(spec.prompt.state_low, np.float32)
+    key, n = policy.unnorm_key, len(spec.state_names)
+    return state_normalizer(policy.statistics, key, n, spec.action.normalization).q01.astype(np.float32)
 
 
 def _keep(name: str, outputs: dict[str, torch.Tensor]) -> Callable[[nn.Module, Any, Any], None]:

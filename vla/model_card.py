@@ -28,9 +28,23 @@ LABELS = {
     "free_running_action_token_accuracy": "held-out accuracy of action tokens, free-running",
     "lowest_holdout_loss": "lowest held-out loss",
     "samples_per_s": "samples per second",
-    "success_rate": "success rate of the training roll-outs",
+    "success": "success rate in the simulator",
 }
-"""Figures of metrics.jsonl that a card shows, in this order; others that are held-out or free-running come after them."""
+"""Figures of metrics.jsonl that a card shows, in this order; others that are held-out, free-running or rates of success of
+one task come after them."""
+RL_LABELS = {
+    "success": "success rate of the training roll-outs, sampled",
+    "highest_success": "highest of them",
+    "kept": "groups with different rewards",
+    "generated": "groups drawn",
+    "loss": "policy loss",
+    "entropy": "entropy of action tokens",
+    "approx_kl_k3": "divergence from the policy that rolled out (k3)",
+    "undecodable": "undecodable outputs",
+    "faults": "simulator faults",
+}
+"""The same of reinforcement learning, whose rows count iterations."""
+SHOWN = ("holdout_", "free_running_", "success/")
 
 
 def model_card(spec: PolicySpec, statistics: Statistics, facts: Facts | None = None) -> str:
@@ -56,10 +70,14 @@ def model_card(spec: PolicySpec, statistics: Statistics, facts: Facts | None = N
     return "\n".join(lines)
 
 
-def record_run(policy: Path, run: Path) -> None:
-    """Show in a policy's card what the training run that made it ended with, and the command."""
+def record_run(policy: Path, run: Path, before: Facts | None = None) -> None:
+    """Show in a policy's card what the training run that made it ended with, and the command.
+
+    Args:
+        before: facts of the policy that the run started from, which hold of this one too.
+    """
     spec = read_spec(policy)
-    facts = with_entry(read_facts(policy), "runs", run_facts(run, this_command()))
+    facts = with_entry({**(before or {}), **read_facts(policy)}, "runs", run_facts(run, this_command()))
     statistics = json.loads((policy / "dataset_statistics.json").read_text(encoding="utf-8"))
     write_facts(policy, facts)
     write_text(policy / "README.md", model_card(spec, statistics, facts))
@@ -115,9 +133,19 @@ def _summary(spec: PolicySpec, statistics: Statistics) -> list[tuple[str, str]]:
         ("action", f"{action.dim} dimensions ({', '.join(action.names)}), {'delta' if action.delta else 'absolute'}"),
         ("chunk", f"{action.horizon} actions, {action.control_hz:g} Hz"),
         ("gripper", action.gripper_convention or "none"),
+        *_head(spec),
         ("action tokens", f"{spec.tokens.scheme}, {spec.tokens.n_symbols} symbols, {spec.tokens.placement['kind']}"),
         ("statistics", ", ".join(f"`{key}`" for key in sorted(statistics))),
     ]
+
+
+def _head(spec: PolicySpec) -> list[tuple[str, str]]:
+    if spec.head is None:
+        return []
+    kind = {"l1": "actions by an L1 regression head", "discrete": "action tokens"}[spec.head.kind]
+    more = [f"the state as a token ({', '.join(spec.head.state_names)})"] if spec.head.state_names else []
+    more += ["FiLM in the vision transformers"] if spec.head.film else []
+    return [("parallel decoding", f"OpenVLA-OFT: {'; '.join([f'{kind}, a chunk in one pass', *more])}")]
 
 
 def _use(spec: PolicySpec) -> list[str]:
@@ -140,11 +168,12 @@ def _data(spec: PolicySpec, statistics: Statistics) -> list[str]:
 def _training(facts: Facts) -> list[str]:
     lines: list[str] = []
     for run in facts.get("runs", []):
-        figures = run["figures"]
-        extra = sorted(n for n in figures if n not in LABELS and n.startswith(("holdout_", "free_running_", "eval_")))
-        shown = [*(name for name in LABELS if name in figures), *extra]
-        rows = [(LABELS.get(name, name.replace("_", " ")), f"{figures[name]:.4g}", f"`{name}`") for name in shown]
-        lines += ["", f"Run `{run['name']}`, {run['steps']} steps, last values in its metrics.jsonl:", "", *_table(("figure", "value", "key"), rows)]  # fmt: skip
+        figures, counter = run["figures"], run.get("counter", "step")  # older cards do not say what was counted
+        labels = RL_LABELS if counter == "iteration" else LABELS
+        extra = sorted(name for name in figures if name not in labels and name.startswith(SHOWN))
+        shown = [*(name for name in labels if name in figures), *extra]
+        rows = [(labels.get(name, name.replace("_", " ")), f"{figures[name]:.4g}", f"`{name}`") for name in shown]
+        lines += ["", f"Run `{run['name']}`, {run['steps']} {counter}s, last values in its metrics.jsonl:", "", *_table(("figure", "value", "key"), rows)]  # fmt: skip
         lines += _command(run["command"])
     return ["## Training", *lines] if lines else []
 
@@ -187,11 +216,17 @@ def _limits(spec: PolicySpec, statistics: Statistics, facts: Facts) -> list[str]
     check = next((entry for entry in reversed(spec.provenance) if entry["stage"] == "merge" and "adapter_on_quantized" in entry), None)  # fmt: skip
     if check is not None:
         lines.append(
-            "- The adapter was trained on a base in 4 bits and merged into the unquantized one: logits moved by up to "
-            f"{check['adapter_on_quantized']['logit_change']:.2g} of their standard deviation, and "
-            f"{check['adapter_on_quantized']['same_choice']:.1%} of probe tokens stayed the same."
+            "- The adapter was trained on a base in 4 bits and merged into the unquantized one: "
+            + _moved(check["adapter_on_quantized"])
         )
     return ["## Limits", "", *lines, *(f"- {sentence}" for sentence in facts.get("limits", []))]
+
+
+def _moved(figures: dict[str, float]) -> str:
+    if "action_change" in figures:
+        return f"actions moved by up to {figures['action_change']:.2g} of their standard deviation."
+    return (f"logits moved by up to {figures['logit_change']:.2g} of their standard deviation, and "
+            f"{figures['same_choice']:.1%} of probe tokens stayed the same.")  # fmt: skip
 
 
 def _made(spec: PolicySpec) -> list[str]:

@@ -1,7 +1,8 @@
 """Actions between physical units and [-1, 1], by the statistics of one dataset.
 
 Quantile bounds as OpenVLA's BOUNDS_Q99: y = clip(2 (x - q01) / (q99 - q01 + 1e-8) - 1, -1, 1) where the mask is True,
-x itself where it is False (a gripper that already lies in [-1, 1]). The inverse is 0.5 (y + 1) (q99 - q01) + q01.
+x itself where it is False (a gripper that already lies in [-1, 1]). The inverse is 0.5 (y + 1) (q99 - q01) + q01. Its
+BOUNDS has min and max in their place. States that are given to a model as numbers are normalised in the same way.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ class ActionNormalizer:
     """Bounds of one dataset; arrays are (D,)."""
 
     q01: np.ndarray
+    """Or the minimum."""
     q99: np.ndarray
+    """Or the maximum."""
     mask: np.ndarray
     """bool; False: the dimension is left as it is."""
 
@@ -57,25 +60,45 @@ def gripper_to_robot(
     return out
 
 
-def action_normalizer(statistics: Statistics, unnorm_key: str | None, dim: int) -> ActionNormalizer:
+def action_normalizer(
+    statistics: Statistics, unnorm_key: str | None, dim: int, normalization: str = "bounds_q99"
+) -> ActionNormalizer:
     """The normaliser of `unnorm_key`, which may be None if there is exactly one dataset.
+
+    Args:
+        normalization: as in `vla.spec.ActionSpec`.
 
     Raises:
         VlaError: unknown or missing key, missing fields, another number of dimensions, q01 > q99, non-finite values.
     """
+    return _normalizer(statistics, unnorm_key, "action", dim, normalization)
+
+
+def state_normalizer(
+    statistics: Statistics, unnorm_key: str | None, dim: int, normalization: str = "bounds_q99"
+) -> ActionNormalizer:
+    """The same for states (S,), by the group `proprio`; without a mask, every dimension is normalised."""
+    return _normalizer(statistics, unnorm_key, "proprio", dim, normalization)
+
+
+def _normalizer(
+    statistics: Statistics, unnorm_key: str | None, group: str, dim: int, normalization: str
+) -> ActionNormalizer:
     key = choose_key(statistics, unnorm_key)
-    action = statistics[key].get("action", {})
-    missing = [name for name in ("q01", "q99") if name not in action]
+    entry = statistics[key].get(group, {})
+    low, high = ("q01", "q99") if normalization == "bounds_q99" else ("min", "max")
+    missing = [name for name in (low, high) if name not in entry]
     if missing:
-        raise problem(f"statistics of {key!r} without action {', '.join(missing)}", "q01 and q99 per dimension",
+        raise problem(f"statistics of {key!r} without {group} {', '.join(missing)}", f"{low} and {high} per dimension",
                       "recompute them with `vla data stats`")  # fmt: skip
-    q01, q99 = np.asarray(action["q01"], np.float64), np.asarray(action["q99"], np.float64)
-    mask = np.asarray(action.get("mask", [True] * len(q01)), bool)
+    q01, q99 = np.asarray(entry[low], np.float64), np.asarray(entry[high], np.float64)
+    mask = np.asarray(entry.get("mask", [True] * len(q01)), bool)
     if not q01.shape == q99.shape == mask.shape == (dim,):
-        raise problem(f"statistics of {key!r} for {q01.size} dimensions", f"{dim}, the policy's action size",
+        size = "action" if group == "action" else "state"
+        raise problem(f"statistics of {key!r} for {q01.size} dimensions", f"{dim}, the policy's {size} size",
                       "use the statistics of the data the policy was trained on")  # fmt: skip
     if not (np.isfinite(q01).all() and np.isfinite(q99).all() and (q01 <= q99).all()):
-        raise problem(f"q01 {q01.tolist()}, q99 {q99.tolist()}", "finite, q01 <= q99", "recompute the statistics")
+        raise problem(f"{low} {q01.tolist()}, {high} {q99.tolist()}", f"finite, {low} <= {high}", "recompute the statistics")
     return ActionNormalizer(q01, q99, mask)
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Sequence
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ import torch
 from peft import PeftModel
 
 from vla.adapters import (
+    ALL_LINEAR,
     AddedInit,
+    LoraInit,
     Method,
     PlacementKind,
     add_action_tokens,
@@ -32,15 +35,20 @@ from vla.files import swap_folder, write_json, write_text
 from vla.hub_policy import policy_folder
 from vla.inputs import prepare_images, prepare_prompt
 from vla.kbit import require_bitsandbytes
+from vla.language_motion import asked, choose_phrases, phrase_grammar, with_motions
 from vla.model_card import model_card
-from vla.normalize import Statistics, action_normalizer, choose_key, gripper_to_robot
+from vla.normalize import ActionNormalizer, Statistics, action_normalizer, choose_key, gripper_to_robot
+from vla.number_tokens import check_number_ids, n_own_ids, place_numbers
+from vla.openvla import oft_policy
 from vla.quantize import quantize_loaded, quantized_options, weight_bytes
 from vla.spec import (
     FILE,
     FORMAT_VERSION,
+    HEAD_FOLDER,
     TOKENIZER_FOLDER,
     ActionSpec,
     BackboneSpec,
+    HeadSpec,
     ImageSpec,
     PolicySpec,
     PromptSpec,
@@ -51,7 +59,7 @@ from vla.spec import (
 )  # fmt: skip
 from vla.token_rows import lean_token_rows
 from vla.tokenizers.chunk_codec import ActionCodec
-from vla.tokenizers.grammar import FixedGrammar
+from vla.tokenizers.grammar import FixedGrammar, IdGrammar
 from vla.tokenizers.placement import Placement
 from vla.tokenizers.protocol import PAD, ActionTokenizer
 from vla.tokenizers.schemes import scheme_of
@@ -77,17 +85,23 @@ class LocalPolicy:
         """
         self.spec, self.backbone, self.statistics = spec, backbone, statistics
         self.unnorm_key = choose_key(statistics, unnorm_key or spec.unnorm_key)
-        self.normalizer = action_normalizer(statistics, self.unnorm_key, spec.action.dim)
+        self.normalizer = action_normalizer(statistics, self.unnorm_key, spec.action.dim, spec.action.normalization)
         self.temperature = temperature
         self.quantization = quantization
         placement = Placement.load(spec.tokens.placement)
         words = backbone.processor.tokenizer
         # Reserved tokens may be registered as special; ending the text is the one meaning an action id cannot share.
         reserved = spec.tokens.placement["kind"] == "reserved"
-        placement.check(backbone.n_embeddings, [words.eos_token_id] if reserved else words.all_special_ids)
+        special = [words.eos_token_id] if reserved else words.all_special_ids
+        placement.check(backbone.n_embeddings, special)
         self.codec = ActionCodec(tokenizer, placement, spec.action.horizon, spec.action.dim)
         self.legal_ids = torch.from_numpy(np.array(self.codec.legal_ids))
         """int64 (n_symbols,), ascending: ids that may stand anywhere. `codec.grammar` says which of them where."""
+        if spec.head is not None:
+            oft_policy.check_head(spec, backbone, self.codec, temperature)
+        if spec.prompt.numbers_as == "tokens":
+            numbers = Placement.load(spec.prompt.number_ids)
+            backbone.show_numbers_as(numbers.check(backbone.n_embeddings, special).ids)
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -95,34 +109,78 @@ class LocalPolicy:
         return {
             "name": self.spec.name, "horizon": self.spec.action.horizon, "action_dim": self.spec.action.dim,
             "action_names": list(self.spec.action.names), "cameras": list(self.spec.image.cameras),
-            "image_size_px": self.spec.image.size_px, "state_names": list(self.spec.prompt.state_names),
+            "image_size_px": self.spec.image.size_px, "state_names": list(self.spec.state_names),
             "unnorm_key": self.unnorm_key, "unnorm_keys": sorted(self.statistics), "temperature": self.temperature,
             "quantization": self.quantization, "backbone": dataclasses.asdict(self.spec.backbone),
             "n_parameters": total, "weight_bytes": weight_bytes(self.backbone.model), "control_hz": self.spec.action.control_hz, "delta": self.spec.action.delta,
-            "gripper_convention": self.spec.action.gripper_convention,
+            "gripper_convention": self.spec.action.gripper_convention, "history": self.spec.prompt.history,
+            "motions": list(self.spec.motion.phrases) if self.spec.motion else [],
+            "optional_inputs": [name for name, optional in (
+                ("state", self.spec.prompt.state_optional), ("past_actions", self.spec.prompt.history_optional)) if optional],
         }  # fmt: skip
 
     def reset(self) -> None:
         """Nothing is remembered between queries."""
 
-    def encode(self, observations: Sequence[Observation], image: ImageSpec | None = None) -> dict[str, torch.Tensor]:
-        """Model inputs of B observations. `image`: how frames are prepared, if not as the policy's spec says."""
+    def encode(
+        self, observations: Sequence[Observation], image: ImageSpec | None = None, datasets: Sequence[str] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Model inputs of B observations. With language motions: of the action query where an observation carries a motion,
+        else of the motion query.
+
+        Args:
+            image: how frames are prepared, if not as the policy's spec says.
+            datasets: by whose statistics each state is normalised, where a head is given it; default: `unnorm_key`.
+        """
         images = [prepare_images(observation, image or self.spec.image) for observation in observations]
-        prompts = [prepare_prompt(observation, self.spec.prompt) for observation in observations]
+        prompts = [prepare_prompt(*asked(observation, self.spec)) for observation in observations]
+        if self.spec.head is not None:
+            keys = datasets or [self.unnorm_key] * len(observations)
+            states = oft_policy.normalized_states(self.spec, self.statistics, observations, keys)
+            return oft_policy.encode(self.backbone, prompts, images, states)
         return self.backbone.encode(prompts, images)
 
     def act(self, observations: Sequence[Observation]) -> list[ActionChunk]:
         if not observations:
             return []
+        observations = self.with_motions(observations)
         keys = [observation.key for observation in observations]
+        if self.spec.head is not None:
+            return self._act_at_once(self.encode(observations), keys)
         ids, logprobs = self.backbone.sample(self.encode(observations), self.codec.grammar, self.temperature, keys)
         token_ids, logprob_rows = ids.cpu().numpy(), logprobs.float().cpu().numpy()
         normalized, ok = self.codec.decode(token_ids)
         actions = self.to_robot(self.normalizer.unnormalize(normalized))
         lengths = (token_ids != PAD).sum(axis=1)
         return [
-            ActionChunk(actions[i], token_ids[i, :n], logprob_rows[i, :n], bool(ok[i])) for i, n in enumerate(lengths)
+            ActionChunk(actions[i], token_ids[i, :n], logprob_rows[i, :n], bool(ok[i]), observations[i].motion)
+            for i, n in enumerate(lengths)
         ]
+
+    def with_motions(self, observations: Sequence[Observation]) -> Sequence[Observation]:
+        """Each observation with the language motion to act by; as they are, for a policy without."""
+        if self.spec.motion is None:
+            return observations
+        return with_motions(
+            observations, self.spec.motion, lambda rows: choose_phrases(self.backbone, self.encode(rows), self.phrases)
+        )
+
+    @cached_property
+    def phrases(self) -> IdGrammar:
+        """What may be said in answer to a motion query. VlaError for a policy without language motions."""
+        if self.spec.motion is None:
+            raise problem("a policy without language motions", "one with", "train it with --language-motion")
+        return phrase_grammar(self.backbone, self.spec.motion)
+
+    def _act_at_once(self, inputs: dict[str, torch.Tensor], keys: list[tuple[int, ...]]) -> list[ActionChunk]:
+        assert self.spec.head is not None
+        normalized, ids, logprobs = oft_policy.answer(
+            self.backbone, self.codec, self.spec.head.kind, inputs, self.temperature, keys
+        )
+        actions = self.to_robot(self.normalizer.unnormalize(normalized))
+        if ids is None or logprobs is None:
+            return [ActionChunk(row) for row in actions]
+        return [ActionChunk(*row) for row in zip(actions, ids, logprobs, strict=True)]
 
     def to_robot(self, actions: np.ndarray) -> np.ndarray:
         """Actions (..., D) as the data has them -> as the robot wants them: only the gripper can differ."""
@@ -133,8 +191,12 @@ class LocalPolicy:
 
     def action_token_ids(self, actions: np.ndarray, dataset: str) -> torch.Tensor:
         """Physical actions (B, H, D) of one dataset -> int64 ids (B, T), padded with -1."""
-        normalizer = action_normalizer(self.statistics, dataset, self.spec.action.dim)
-        return torch.from_numpy(self.codec.encode(normalizer.normalize(actions)))
+        return torch.from_numpy(self.codec.encode(self.normalizer_of(dataset).normalize(actions)))
+
+    def normalizer_of(self, dataset: str) -> ActionNormalizer:
+        """Between the actions of one dataset, in physical units, and [-1, 1]."""
+        action = self.spec.action
+        return action_normalizer(self.statistics, dataset, action.dim, action.normalization)
 
     def legal_mask(self, token_ids: torch.Tensor) -> torch.Tensor | None:
         """Which of `legal_ids` stood open at each place of complete rows: ids (B, T) -> bool (B, T, n_symbols).
@@ -181,13 +243,28 @@ class LocalPolicy:
             self.backbone.model.save_pretrained(folder / "adapter", save_embedding_layers=False, state_dict=weights)
             (folder / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is one level up
         elif not refer:
-            self.backbone.model.save_pretrained(folder / "model", state_dict=weights)
+            self.backbone.model.save_pretrained(folder / "model", state_dict=self._base_weights(spec) or weights)
             self.backbone.processor.save_pretrained(folder / "model")
+            if self.backbone.config.model_type == "openvla":  # where its authors' code looks for them
+                write_json(folder / "model" / STATISTICS_FILE, self.statistics)
+        if spec.head is not None:
+            from vla.openvla.oft_model import write_parts
+
+            write_parts(folder / HEAD_FOLDER, self.backbone.model, weights)
         (folder / TOKENIZER_FOLDER).mkdir()
         self.codec.tokenizer.save(folder / TOKENIZER_FOLDER)
         write_json(folder / STATISTICS_FILE, self.statistics)
         write_json(folder / FILE, to_json(spec))
         write_text(folder / "README.md", model_card(spec, self.statistics))
+
+
+    def _base_weights(self, spec: PolicySpec) -> dict[str, torch.Tensor] | None:
+        """The model's weights without those of a head, which have files of their own; None without a head."""
+        if spec.head is None:
+            return None
+        from vla.openvla.oft_model import without_parts
+
+        return without_parts(self.backbone.model)
 
 
 def library_versions() -> dict[str, str]:
@@ -206,15 +283,18 @@ def create_policy(
     tokenizer: ActionTokenizer | None = None, placement: PlacementKind = "added", skip: int = 0, added_init: AddedInit = "mean", unnorm_key: str | None = None,
     lora_r: int = 32, lora_alpha: int = 16, lora_dropout: float = 0.0,
     lora_parts: Collection[str] = ("llm", "projector"), method: Method = "lora", device: str = "cpu", dtype: str = "float32",
+    lora_init: LoraInit = "kaiming", head: HeadSpec | None = None,
 ) -> LocalPolicy:  # fmt: skip
     """A new policy: a pretrained VLM, extended with action tokens, with a fresh LoRA adapter that trains.
 
     Args:
         tokenizer: the action tokenizer, fitted; default: 256 uniform bins.
         skip: ids left out at the end of the vocabulary, for the placement `tail`.
-        lora_parts: parts of the model that train: llm, projector, vision, or all.
+        lora_parts: parts of the model that train: llm, projector, vision, or all; `vla.adapters.ALL_LINEAR` leaves action
+            ids that the model had already without trained rows of their own.
         method: what trains there (`vla.adapters.Method`). `full` has no adapter.
         dtype: of frozen weights, and what those of qlora are computed in. What trains is float32.
+        head: its parts are new, and train whole. No vocabulary rows train then, as in OpenVLA-OFT.
     """
     chosen_parts(lora_parts)
     if method == "qlora":
@@ -229,13 +309,23 @@ def create_policy(
         source, backbone.config.model_type, "adapter", None, fingerprint(backbone.model),
         quantization="nf4" if method == "qlora" else "none",
     )  # fmt: skip
-    placed, n_added = place_actions(backbone, placement, tokenizer.vocab_size, added_init, skip)
-    tokens = TokenSpec(scheme_of(tokenizer), tokenizer.vocab_size, placed.save(), n_added, added_init)
+    n_symbols, n_own = tokenizer.vocab_size, n_own_ids(prompt, tokenizer.vocab_size, grammar)
+    check_number_ids(prompt, n_own, placement, added_init)
+    placed, n_added = place_actions(backbone, placement, n_symbols + n_own, added_init, skip)
+    placed_actions, prompt = place_numbers(prompt, placed, n_symbols)
+    tokens = TokenSpec(scheme_of(tokenizer), n_symbols, placed_actions.save(), n_added, added_init)
     make_trainable(
         backbone, method, dtype=DTYPES[dtype], device=device, r=lora_r, alpha=lora_alpha, dropout=lora_dropout, parts=lora_parts,
-        train_ids=placed.ids,
+        train_ids=() if head is not None or (ALL_LINEAR in lora_parts and not n_added) else placed.ids, init=lora_init,
     )  # fmt: skip
-    spec = PolicySpec(name, base, action, image, prompt, tokens, unnorm_key)
+    spec = PolicySpec(name, base, action, image, prompt, tokens, unnorm_key, head=head)
+    if head is not None:
+        if n_added:
+            raise problem(f"placement {placement!r} with parallel decoding", "action tokens that the model has: none train",
+                          "use --placement tail")  # fmt: skip
+        from vla.openvla.oft_model import train_new_parts
+
+        train_new_parts(backbone.model, head, action.dim)
     # With several datasets whoever loads the policy must choose; until then it acts by the first.
     return LocalPolicy(spec, backbone, statistics, tokenizer, unnorm_key=unnorm_key or next(iter(statistics)))
 
@@ -299,6 +389,12 @@ def load_policy(
         except Exception as error:  # safetensors, JSON, shape and key errors have no common base
             raise VlaError(f"{weights} cannot be loaded onto {source}: {error}; expected the adapter this policy was "
                            "saved with; fix: restore the folder from a copy") from error  # fmt: skip
+    if spec.head is not None:
+        from vla.openvla.oft_model import read_parts, train_parts
+
+        read_parts(folder / HEAD_FOLDER, backbone.model, spec.head, spec.action.dim, DTYPES[dtype])
+        if trainable:
+            train_parts(backbone.model)
     return LocalPolicy(
         spec, backbone, statistics, tokenizer, unnorm_key=unnorm_key, temperature=temperature, quantization=done
     )

@@ -25,7 +25,7 @@ from vla.spec import FILE, TOKENIZER_FOLDER, read_spec
 from vla.types import VlaError, problem
 
 FILES = (FILE, "README.md", CARD_FILE, "dataset_statistics.json")
-FOLDERS = ("adapter", "model", "processor", "tokenizer", TOKENIZER_FOLDER)
+FOLDERS = ("adapter", "model", "head", "processor", "tokenizer", TOKENIZER_FOLDER)
 ENDINGS = (".json", ".jsonl", ".safetensors", ".txt", ".model", ".jinja", ".md", ".npz", ".npy")
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 

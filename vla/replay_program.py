@@ -158,7 +158,7 @@ def _token_path(settings: Settings, reader: LeRobotReader) -> tuple[TokenPath, A
             actions, action.gripper_dim, action.gripper_range, action.gripper_threshold, action.gripper_invert
         )
 
-    return TokenPath(codec, action_normalizer(statistics, key, action.dim), to_robot), action
+    return TokenPath(codec, action_normalizer(statistics, key, action.dim, action.normalization), to_robot), action
 
 
 def _gripper_dim(settings: Settings, reader: LeRobotReader) -> int | None:

@@ -57,6 +57,10 @@ class _Episode:
     n_queries: int = 0
     n_steps: int = 0
     asked: tuple[Observation, ActionChunk, float] | None = None
+    given: np.ndarray | None = None
+    """float32 (n, D): the actions that the simulator was last given."""
+    past_actions: np.ndarray | None = None
+    """`Observation.past_actions` of the next query; None if the policy is not shown any."""
     ensemble: ChunkEnsemble | None = None
     queries: list[Query] = field(default_factory=list)
     frames: list[np.ndarray] = field(default_factory=list)
@@ -88,6 +92,7 @@ def run_episodes(
 
     Requests are drawn only when a slot is free, so they may be infinite. Closing the generator ends the workers.
     A policy whose metadata says `"reads_images": False` gets observations without images: only a film's frames are drawn.
+    One whose metadata says `"history": K` gets the last K actions executed in the episode.
 
     Args:
         n_workers: environment processes; 0 runs the environments in this process.
@@ -191,6 +196,7 @@ class _Engine:
     ) -> None:
         self.policy, self.pool, self.requests, self.stats = policy, pool, requests, stats
         self.reads_images = policy.metadata.get("reads_images") is not False
+        self.history = int(policy.metadata.get("history") or 0)
         self.tasks = {task.name for task in pool.suite.tasks}
         # Worker first, so that few episodes are spread over all workers.
         self.free = [(w, s) for s in range(pool.slots_per_worker) for w in range(len(pool.workers))]
@@ -268,6 +274,8 @@ class _Engine:
         episode = self.running[slot]
         self.stats.n_env_steps += reply.n_executed
         episode.n_steps += reply.n_executed
+        if self.history:
+            episode.past_actions = self._with_executed(episode, reply.n_executed)
         if episode.asked is not None and self.keep_queries:
             observation, chunk, latency_ms = episode.asked
             episode.queries.append(Query(observation, chunk, reply.n_executed, latency_ms))
@@ -283,9 +291,15 @@ class _Engine:
             return
         key = (*episode.request.key, episode.n_queries) if episode.request.key else ()
         observation = reply.observation if self.reads_images else without_images(reply.observation)
-        episode.observation = replace(observation, key=key)
+        episode.observation = replace(observation, key=key, past_actions=episode.past_actions)
         episode.ready_at = time.monotonic()
         self.ready.append(slot)
+
+    def _with_executed(self, episode: _Episode, n_executed: int) -> np.ndarray:
+        """The last actions of an episode, after `n_executed` of those it was given."""
+        if episode.past_actions is None or episode.given is None:
+            return np.zeros((0, len(self.pool.suite.action_names)), np.float32)
+        return np.concatenate([episode.past_actions, episode.given[:n_executed]])[-self.history :]
 
     def _on_fault(self, worker: int, fault: WorkerFault) -> None:
         """The guilty episode is charged with an attempt; its neighbours only start again."""
@@ -355,6 +369,7 @@ class _Engine:
         if self.temporal_ensemble is not None:
             episode.ensemble = episode.ensemble or ChunkEnsemble(self.temporal_ensemble)
             actions = episode.ensemble.next(chunk.actions)[None]
+        episode.given = actions
         self.pool.workers[slot[0]].run_chunk(slot[1], actions, render_every, draw)
 
     def _check_chunk(self, chunk: ActionChunk) -> None:

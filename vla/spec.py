@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from vla.motion_spec import MotionSpec, check_motion
 from vla.tokenizers.placement import Placement
 from vla.tokenizers.protocol import ActionTokenizer
 from vla.tokenizers.schemes import load_tokenizer, read_scheme
@@ -24,6 +25,7 @@ READABLE = (1, 2)
 """1 had `bins` and no `n_symbols` in `tokens`: uniform bins were the only scheme."""
 FILE = "policy.json"
 TOKENIZER_FOLDER = "action_tokenizer"
+HEAD_FOLDER = "head"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class ActionSpec:
     """Turns the gripper's sign last, for a robot whose signs are the opposite of the data's."""
     control_hz: float = 0.0
     """Control rate of the training data; 0 if unknown."""
+    normalization: Literal["bounds_q99", "bounds"] = "bounds_q99"
+    """What is brought to [-1, 1]: quantiles q01 and q99, or minimum and maximum (OpenVLA-OFT's on ALOHA)."""
 
     @property
     def dim(self) -> int:
@@ -80,7 +84,7 @@ class ImageSpec:
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """How instruction and proprioceptive state become text."""
+    """How instruction, proprioceptive state and past actions become a prompt."""
 
     template: str = "In: What action should the robot take to {instruction}?\nOut:"
     """`{instruction}`, and `{state}` if the state is shown. The default is OpenVLA's."""
@@ -92,8 +96,21 @@ class PromptSpec:
     state_high: tuple[float, ...] = ()
     """State value shown as `state_bins - 1`, per dimension."""
     state_bins: int = 256
+    """Of each number shown, those of past actions too."""
     state_optional: bool = False
     """Without a state, the prompt says `unknown`; trained with state dropout."""
+    history: int = 0
+    """K, past actions shown at `{history}`, oldest first; those before the episode began as `unknown`."""
+    history_low: tuple[float, ...] = ()
+    """Action shown as 0, per dimension, in the units of `ActionChunk.actions`."""
+    history_high: tuple[float, ...] = ()
+    """Action shown as `state_bins - 1`."""
+    history_optional: bool = False
+    """Without past actions, all of them are `unknown`; trained with history dropout."""
+    numbers_as: Literal["text", "tokens"] = "text"
+    """text: each number in digits. tokens: each as one vocabulary id, put into the prompt as an id."""
+    number_ids: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """`vla.tokenizers.placement.Placement.save()` of tokens: the id of each of the `state_bins` bins."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +127,18 @@ class TokenSpec:
     """Rows appended to the embedding before any adapter is attached."""
     added_init: Literal["mean", "numbers"] = "mean"
     """How those rows began: mean of the vocabulary, or the embedding of the number word of the same bin."""
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """OpenVLA-OFT's parallel decoding (arXiv 2502.19645): a whole chunk from one pass, not token after token."""
+
+    kind: Literal["l1", "discrete"]
+    """l1: an MLP reads actions off the hidden states, and `tokens` are not used. discrete: each place says its token."""
+    state_names: tuple[str, ...] = ()
+    """Dimensions of the state that the model sees as one token, normalised like actions; empty: it sees none."""
+    film: bool = False
+    """The instruction modulates the vision transformers' blocks (FiLM)."""
 
 
 @dataclass(frozen=True)
@@ -149,9 +178,23 @@ class PolicySpec:
     provenance: tuple[dict[str, Any], ...] = ()
     """One entry per stage that made it: stage, settings, parent."""
     format_version: int = FORMAT_VERSION
+    head: HeadSpec | None = None
+    """Its weights are in head/. None: actions are tokens, one after the other."""
+    motion: MotionSpec | None = None
+    """Before its actions the policy says a language motion (`vla.language_motion`). None: it does not."""
 
     def __post_init__(self) -> None:
         check(self)
+
+    @property
+    def says_tokens(self) -> bool:
+        """False with an L1 head, which leaves `tokens` unused."""
+        return self.head is None or self.head.kind != "l1"
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """Dimensions of the state that the policy needs, in the prompt or as a token; empty: none."""
+        return (self.head.state_names if self.head else ()) or self.prompt.state_names
 
 
 def check(spec: PolicySpec) -> None:
@@ -168,6 +211,9 @@ def check(spec: PolicySpec) -> None:
     if n_ids != tokens.n_symbols:
         raise problem(f"{n_ids} token ids", f"{tokens.n_symbols}, one per symbol", "correct `tokens`")
     _check_image(spec.image)
+    if spec.head is not None and spec.head.state_names and prompt.state_names not in ((), spec.head.state_names):
+        raise problem(f"a prompt that shows the state {', '.join(prompt.state_names)} and a head that is given "
+                      f"{', '.join(spec.head.state_names)}", "one state", "correct `prompt` or `head`")  # fmt: skip
     if "{instruction}" not in prompt.template:
         raise problem(f"template {prompt.template!r}", "a template with {instruction}", "correct `prompt.template`")
     if ("{state}" in prompt.template) != bool(prompt.state_names):
@@ -177,6 +223,26 @@ def check(spec: PolicySpec) -> None:
         raise problem(
             "state names and bounds of different lengths", "one low and one high per name", "correct `prompt`"
         )
+    _check_history(prompt, action.dim)
+    if spec.motion is not None:
+        if spec.head is not None:
+            raise problem("language motions with a head", "actions as tokens, one after the other", "drop one of them")
+        check_motion(spec.motion, prompt.template)
+
+
+def _check_history(prompt: PromptSpec, dim: int) -> None:
+    """Past actions, and the ids of numbers."""
+    if ("{history}" in prompt.template) != (prompt.history > 0) or prompt.history < 0:
+        raise problem(f"template {prompt.template!r} with history {prompt.history}", "{history} in the template if, and "
+                      "only if, past actions are shown", "correct `prompt`")  # fmt: skip
+    expected = dim if prompt.history else 0
+    if not len(prompt.history_low) == len(prompt.history_high) == expected:
+        raise problem(f"{len(prompt.history_low)} and {len(prompt.history_high)} bounds of past actions", f"{expected} each",
+                      "correct `prompt`")  # fmt: skip
+    n_ids = Placement.load(prompt.number_ids).n_symbols if prompt.number_ids else 0
+    if n_ids != (prompt.state_bins if prompt.numbers_as == "tokens" else 0):
+        raise problem(f"{n_ids} number ids with numbers_as {prompt.numbers_as!r}", f"{prompt.state_bins} for tokens, none "
+                      "for text", "correct `prompt`")  # fmt: skip
 
 
 def _check_gripper(action: ActionSpec) -> None:

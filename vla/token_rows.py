@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from torch.nn.functional import embedding, linear
@@ -58,6 +59,8 @@ def _head_forward(head: Any, plain: Any, hidden: torch.Tensor) -> torch.Tensor:
     rows = head.narrowed_to
     if rows is None:
         return plain(hidden)
+    if isinstance(head, BaseTunerLayer):  # LoRA on the head: its `weight` is that of the frozen layer alone
+        return plain(hidden)[..., rows.to(hidden.device)]
     rows, trained = rows.to(hidden.device), _trained(head) if isinstance(head, TrainableTokensWrapper) else None
     base: Any = head.token_adapter.base_layer if isinstance(head, TrainableTokensWrapper) else head
     weight = base.weight[rows] if trained is None else _rows_of(base.weight, trained, rows)
@@ -78,6 +81,9 @@ def _lean_forward(wrapper: TrainableTokensWrapper, x: torch.Tensor, *args: Any, 
         rows = rows if scale is None else rows * scale.to(rows.dtype)
         return torch.where(at[..., None] >= 0, rows.to(frozen.dtype), frozen)
     ids = _ids(wrapper)
+    # Of a slice in memory, `linear` makes a product per row of the batch, and its backward pass in bfloat16 on a CPU then
+    # holds a copy of the whole matrix for each of them.
+    x = x.contiguous()
     frozen = base(x)
     new = linear(x, values.to(base.weight.dtype), None if base.bias is None else base.bias[ids])
     return frozen.index_copy(-1, ids, new.to(frozen.dtype))

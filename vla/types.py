@@ -36,6 +36,14 @@ class Observation:
     depend on batch order, worker count or restarts. Empty: the policy must be greedy."""
     privileged: np.ndarray | None = None
     """Simulator state for scripted experts. Never shown to a learned policy, never written to a dataset."""
+    past_actions: np.ndarray | None = None
+    """float32 (n, D): the last n actions executed in this episode, oldest first, as the robot was given them: in the units
+    and with the gripper's signs of `ActionChunk.actions`. A policy whose metadata say `history` K reads the last K; fewer
+    mean that the episode is younger than that, (0, D) that it begins. None: not known. A recorded action is turned into
+    what the robot is given (`LocalPolicy.to_robot`) before it is shown, so training and acting show the same."""
+    motion: str = ""
+    """Language motion to act by, e.g. "move arm forward": a person's correction. Empty: the policy chooses one, if it has
+    them (`vla.language_motion`)."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,8 @@ class ActionChunk:
     """float32 (T,) log-probability of each token over the legal action ids, at the temperature it was drawn with."""
     ok: bool = True
     """False if the model's output could not be decoded; `actions` are then NaN and must not be executed."""
+    motion: str = ""
+    """The language motion these actions follow, chosen by the policy or given; empty for a policy without."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,7 @@ class Policy(Protocol):
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """At least `name`, `horizon` (H) and `action_dim` (D)."""
+        """At least `name`, `horizon` (H) and `action_dim` (D); `history` (K) if it is shown past actions."""
         ...
 
     def act(self, observations: Sequence[Observation]) -> list[ActionChunk]:

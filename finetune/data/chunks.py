@@ -3,17 +3,21 @@
 A position is a number of samples consumed. The order of samples is a function of (seed, epoch) alone, so training that
 stops at a position continues with exactly the samples it would have seen, with any number of workers. What is kept in
 memory is 8 bytes a frame (24 while an epoch of a weighted mixture is drawn) and four numbers an episode.
+
+With a `window` the data is read almost in the order it is stored in, as from a shuffle buffer, but nothing is held: where a
+frame stands in the stream is arithmetic then too.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from vla.finetune.data.camera_map import camera_map, policy_name
+from vla.finetune.data.order import epoch_order, windowed_order
 from vla.finetune.formats.source import FrameSource, Unreachable
 from vla.types import VlaError, problem
 
@@ -32,11 +36,10 @@ class Sample:
     is_pad: np.ndarray
     """bool (H,), True beyond the end of the episode."""
     dataset: str
-
-
-def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """int64 (n,): the permutation of `n` samples in one epoch."""
-    return np.random.default_rng([seed, epoch]).permutation(n)
+    past_actions: np.ndarray | None = None
+    """As in `vla.types.Observation`: the n <= K before this frame, as the robot is given them. None: not shown."""
+    motion: str = ""
+    """The language motion that begins at this frame; empty unless `show_motions` was called."""
 
 
 def holdout_split(n_episodes: int, n_holdout: int, seed: int = 0, of: str = "") -> frozenset[int]:
@@ -68,6 +71,8 @@ class ChunkDataset:
         holdout_episodes: of each source, as chosen by `holdout_split`. Samples 0 <= i < len(self) are for training, the
             held-out ones follow: `holdout_indices`.
         skip_unlabelled: leave out episodes that begin without an instruction, as OpenVLA does; `n_unlabelled` counts them.
+        window: 0 shuffles all samples. Above, each source is read file by file, files in random order, and a sample stands
+            less than `window` places from where its frame is stored: for data that is far away or too large for the disk.
         skip_bad: a sample whose images cannot be decoded is replaced by the one after it, that of the next frame (after the
             last training sample, or the last held-out one, the first of them); `bad_frames` lists what was met.
     """
@@ -84,10 +89,14 @@ class ChunkDataset:
         balance: bool = False,
         skip_unlabelled: bool = False,
         skip_bad: bool = False,
+        window: int = 0,
     ) -> None:
-        if not sources or horizon < 1:
-            raise problem(f"{len(sources)} sources, horizon {horizon}", "at least one of each", "name a dataset")
-        self.sources, self.horizon, self.seed = list(sources), horizon, seed
+        if not sources or horizon < 1 or window < 0:
+            raise problem(f"{len(sources)} sources, horizon {horizon}, window {window}",
+                          "at least one source, horizon >= 1, window >= 0", "name a dataset, or correct it")  # fmt: skip
+        self.sources, self.horizon, self.seed, self.window = list(sources), horizon, seed, window
+        self._history, self._as_given = 0, _unchanged
+        self._motion_of: Callable[[int, int], str] | None = None
         wanted = sources[0][1].cameras if cameras is None else cameras
         self.cameras = tuple(policy_name(text) for text in wanted)
         self._keys = [camera_map(wanted, name, source) for name, source in self.sources]
@@ -97,6 +106,7 @@ class ChunkDataset:
         self._place_episodes(holdout_episodes, skip_unlabelled)
         self._first = np.concatenate([[0], np.cumsum(self._sizes)])
         self._order: tuple[int, np.ndarray] | None = None  # the epoch at hand
+        self._files = [self._file_bounds(s) for s in range(len(self.sources))] if window else []
         self._draws = self._draws_per_epoch(weights, balance)
         self._cache = self._decode_all() if cache_images else None
 
@@ -138,17 +148,36 @@ class ChunkDataset:
             actions=source.actions()[np.minimum(wanted, stop - 1)],
             is_pad=wanted >= stop,
             dataset=name,
+            past_actions=self._past_actions(source, frame) if self._history else None,
+            motion=self._motion_of(s, frame) if self._motion_of else "",
         )
+
+    def show_motions(self, motion_of: Callable[[int, int], str]) -> None:
+        """From now on samples have a `motion`. `motion_of`: (number of the source, its frame) -> phrase; picklable."""
+        self._motion_of = motion_of
+
+    def show_past_actions(self, history: int, as_given: Callable[[np.ndarray], np.ndarray]) -> None:
+        """From now on samples have `past_actions`. `as_given`: recorded actions (n, D) -> as the robot is given them."""
+        self._history, self._as_given = history, as_given
+
+    def _past_actions(self, source: FrameSource, frame: int) -> np.ndarray:
+        start = source.episodes[source.episode_of(frame)].start
+        return self._as_given(source.actions()[max(start, frame - self._history) : frame])
 
     def order(self, epoch: int) -> np.ndarray:
         """int64 (epoch_size,): the samples of one epoch in order."""
         mix = epoch_order(self.epoch_size, self.seed, epoch)
-        if self._draws is None:
+        if self._draws is None and not self.window:
             return mix
-        picked, ends = np.empty(len(mix), np.int64), np.cumsum(self._draws)
-        for s, (n, end) in enumerate(zip(self._draws.tolist(), ends.tolist(), strict=True)):
-            picked[end - n : end] = self._draw(s, epoch * n, n)
-        return picked[mix]
+        draws = self._sizes if self._draws is None else self._draws
+        picked, ends = np.empty(len(mix), np.int64), np.cumsum(draws)
+        for s, (n, end) in enumerate(zip(draws.tolist(), ends.tolist(), strict=True)):
+            drawn = self._draw(s, epoch * n, n)
+            if self.window:  # the source's own order is kept: `mix` only says whose turn it is
+                picked[(mix >= end - n) & (mix < end)] = drawn
+            else:
+                picked[end - n : end] = drawn
+        return picked if self.window else picked[mix]
 
     def indices(self, position: int, n: int) -> np.ndarray:
         """int64 (n,): the training samples `position` .. `position + n` of the endless stream of epochs."""
@@ -180,6 +209,8 @@ class ChunkDataset:
         train = [rows[~mask] for rows, mask in zip(tables, held, strict=True)]
         rest = [rows[mask] for rows, mask in zip(tables, held, strict=True)]
         self._sizes = np.array([int((rows[:, 2] - rows[:, 1]).sum()) for rows in train])
+        self._n_train = sum(len(rows) for rows in train)
+        """Episodes that are trained on: the first ones of `_episodes`."""
         self._episodes = np.concatenate(train + rest)
         """int64 (E, 3): source, first frame, end."""
         if not self._sizes.sum():
@@ -214,9 +245,27 @@ class ChunkDataset:
         if n == 0:
             return np.zeros(0, np.int64)
         passes = range(begin // size, (begin + n - 1) // size + 1)
-        shuffled = np.concatenate([np.random.default_rng([self.seed, k, source, 1]).permutation(size) for k in passes])
+        shuffled = np.concatenate([self._pass(source, k) for k in passes])
         skip = begin - passes.start * size
         return self._first[source] + shuffled[skip : skip + n]
+
+    def _pass(self, source: int, k: int) -> np.ndarray:
+        """int64 (its samples,): the order of walk `k` through a source."""
+        seed = [self.seed, k, source, 1]
+        if self.window:
+            return windowed_order(self._files[source], self.window, seed)
+        return np.random.default_rng(seed).permutation(int(self._sizes[source]))
+
+    def _file_bounds(self, source: int) -> np.ndarray:
+        """int64 (files + 1,): the training samples of a source at which another file begins, and their number."""
+        reader, sizes, bounds, last = self.sources[source][1], self._episodes[: self._n_train], [0], None
+        total = 0
+        for _, start, stop in sizes[sizes[:, 0] == source].tolist():
+            file = reader.place_of(reader.episode_of(start))[0]
+            if file != last and total:
+                bounds.append(total)
+            last, total = file, total + stop - start
+        return np.array([*bounds, total], np.int64)
 
     def _decodable(self, index: int) -> tuple[int, int, int, dict[str, np.ndarray]]:
         """`locate` and the images of a sample; with `skip_bad`, of the first from there on that can be decoded."""
@@ -278,6 +327,10 @@ def _check_shapes(images: dict[str, np.ndarray], cache: dict[str, np.ndarray], w
         if image.shape != cache[camera].shape[1:]:
             raise problem(f"{where}: camera {camera!r} of shape {image.shape}", f"{cache[camera].shape[1:]}",
                           "leave the episode out, or pass --no-cache-images")  # fmt: skip
+
+
+def _unchanged(actions: np.ndarray) -> np.ndarray:
+    return actions
 
 
 def _available_bytes() -> int:

@@ -13,6 +13,7 @@ from rich.table import Table
 from vla.files import write_text
 from vla.finetune.data.agreement import LAST, gripper_index
 from vla.finetune.data.inspect_page import by_instruction, inspect_page
+from vla.finetune.data.language_motion import Labels, MotionRule, label_frames
 from vla.finetune.data.open_source import open_source
 from vla.finetune.data.statistics import dataset_statistics
 from vla.finetune.formats.source import FrameSource
@@ -31,10 +32,20 @@ class Settings:
     """Episodes to show frames of on the page."""
     rotation_deg: Literal[0, 90, 180, 270] = 0
     """Turn the page's frames counter-clockwise: 180 for LIBERO's, which are stored upside down."""
+    motions: int = 0
+    """Also count the language motions of `vla finetune --language-motion`, over so many steps; 0: not."""
+    motion_words: tuple[str, ...] = ()
+    """Words for them, as in `vla finetune`."""
+    gripper_convention: str = ""
+    """Which values open and close the gripper, in words, where the data do not say: '+1 closes, -1 opens'."""
+    delta: bool = True
+    """The data's actions are displacements (False: absolute targets)."""
 
     def __post_init__(self) -> None:
         if self.samples < 0:
             raise problem(f"samples {self.samples}", "0 or more", "correct --samples")
+        if self.motions < 0:
+            raise problem(f"motions {self.motions}", "a number of steps, or 0", "correct --motions")
 
 
 def run(settings: Settings) -> FrameSource:
@@ -56,10 +67,26 @@ def run(settings: Settings) -> FrameSource:
     console.print(tasks)
     entry = dataset_statistics(source, gripper_index(LAST, [source]))["action"]
     console.print(ranges_table(entry, source.action_names))
+    if settings.motions:
+        rule = MotionRule(settings.motions, delta=settings.delta, words=settings.motion_words)
+        console.print(motions_table(label_frames(source, rule, gripper_convention=settings.gripper_convention), settings.motions))
     if settings.out is not None:
         write_text(settings.out, inspect_page(source, settings.samples, settings.rotation_deg))
         print(f"page: {settings.out}")
     return source
+
+
+def motions_table(labels: Labels, n_steps: int, most: int = 30) -> Table:
+    """The most frequent phrases and how often they begin."""
+    table, counts = Table(f"motion of the next {n_steps} steps", "frames", "share"), labels.counts()
+    total = max(1, sum(counts.values()))
+    rows = list(counts.items())
+    for phrase, n in rows[:most]:
+        table.add_row(phrase, str(n), f"{n / total:.1%}")
+    if rows[most:]:
+        rest = sum(n for _, n in rows[most:])
+        table.add_row(f"{len(rows) - most} others", str(rest), f"{rest / total:.1%}")
+    return table
 
 
 def ranges_table(entry: dict[str, Any], names: tuple[str, ...]) -> Table:

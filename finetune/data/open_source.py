@@ -9,6 +9,8 @@
 Only RLDS datasets have splits; without `#split=` it is all of `train`. An RLDS dataset with an Open X-Embodiment name
 (the folder's, or that of the folder above a version) is standardised as OpenVLA does, with all of its cameras.
 
+    vla finetune --data 'lerobot/libero_10_image#cache_gb=20'       the same, of which no more than 20 GB are kept on the disk
+
     vla finetune --data oxe:bridge_rt_1@oxe                         a named mixture of OpenVLA, each dataset in oxe/
 """
 
@@ -23,6 +25,7 @@ from vla.finetune.data.without_bad import without_bad
 from vla.finetune.formats.source import FrameSource
 from vla.types import VlaError, problem
 
+_OPTION = re.compile(r"(?P<address>.+)#(?P<option>split|cache_gb)=(?P<value>.*)")
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[^/]+)?")
 
 
@@ -36,8 +39,10 @@ def open_source(text: str | Path, *, name: str | None = None, skip_bad: bool = F
     Raises:
         VlaError: nothing there, or no format that is known (what was looked for is listed), or the reader's own.
     """
-    address, split = _split_of(str(text))
-    path = Path(address)
+    address, option, value = _option_of(str(text))
+    path, split = Path(address), value if option else None
+    if option == "cache_gb":
+        return _streamed(address, name, value, skip_bad)
     if address.startswith("hf://") or (not path.exists() and _HUB.fullmatch(address)):
         found = _from_hub(address, name, split, skip_bad)
         return without_bad(found) if skip_bad else found
@@ -92,17 +97,32 @@ def _mixture(text: str) -> list[tuple[str, float]]:
     return [(str(Path(folder) / dataset), weight) for dataset, weight in rows]
 
 
-def _split_of(text: str) -> tuple[str, str | None]:
-    """(address, split); a # that does not begin `#split=` belongs to the path."""
+def _option_of(text: str) -> tuple[str, str, str]:
+    """(address, "split" or "cache_gb" or "", its value); a # that begins neither belongs to the path."""
     if Path(text).exists():
-        return text, None
-    address, mark, split = text.rpartition("#split=")
-    if mark:
-        return address, split
+        return text, "", ""
+    found = _OPTION.fullmatch(text)
+    if found:
+        return found["address"], found["option"], found["value"]
     before, mark, _ = text.rpartition("#")
-    if mark and Path(before).exists():
-        raise problem(f"{text!r}", "PATH#split=SPLIT, e.g. #split=train[:95%]", "correct what follows the #")
-    return text, None
+    if mark and (Path(before).exists() or _HUB.fullmatch(before) or before.startswith("hf://")):
+        raise problem(f"{text!r}", "PATH#split=SPLIT, e.g. #split=train[:95%], or OWNER/NAME#cache_gb=GB",
+                      "correct what follows the #")  # fmt: skip
+    return text, "", ""
+
+
+def _streamed(address: str, name: str | None, cache_gb: str, skip_bad: bool) -> FrameSource:
+    from vla.finetune.formats.hub import list_files, parse_address
+    from vla.finetune.formats.hub_source import HubSource
+
+    if Path(address).exists():
+        raise problem(f"#cache_gb={cache_gb} of {address}", "a dataset on the Hub", "drop #cache_gb=..., as it is here")
+    try:
+        limit_gb = float(cache_gb)
+    except ValueError as error:
+        raise problem(f"cache_gb {cache_gb!r}", "a number of GB", "e.g. #cache_gb=20") from error
+    found = parse_address(address)
+    return HubSource(found, list_files(found), name or found.name, limit_gb, skip_bad)
 
 
 def _from_hub(address: str, name: str | None, split: str | None, skip_bad: bool) -> FrameSource:

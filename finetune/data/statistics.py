@@ -151,21 +151,6 @@ def statistics_hash(source: FrameSource, declared: Mapping[str, Any] | None = No
     return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def cached_statistics(
-    source: FrameSource,
-    folder: Path,
-    gripper_dim: int | None | Literal["named"] = "named",
-    declared: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """`dataset_statistics`, kept in folder/dataset_statistics_<hash>.json and read from there the next time."""
-    path = folder / f"dataset_statistics_{statistics_hash(source, {**(declared or {}), 'gripper': gripper_dim})}.json"
-    if path.is_file():
-        return read_statistics(path)[source.name]
-    entry = dataset_statistics(source, gripper_dim)
-    write_statistics(path, {source.name: entry})
-    return entry
-
-
 def write_statistics(path: Path, value: Statistics) -> None:
     """Write `value` to `path` after the checks of `read_statistics`."""
     check_statistics(value, str(path))

@@ -7,7 +7,7 @@ HF_HUB_OFFLINE apply).
 
 `open_hub` reads a LeRobotDataset file by file: only meta/ is downloaded when it is opened, data and video files when a
 frame of theirs is first asked for. Datasets of other formats are downloaded whole, because every file must be looked
-into. `vla.finetune.formats.hub_stream` gives episodes without keeping the files.
+into. `vla.finetune.formats.hub_source` keeps no more files than it is told to.
 
 A file lies in the cache whole or not at all. A connection that breaks is taken up again where it broke; when that fails
 too, the next run begins with the file that was cut.
@@ -31,6 +31,7 @@ from huggingface_hub.errors import (
 )
 
 from vla.finetune.data.open_folder import open_folder
+from vla.finetune.formats.hub_cache import CachedFiles
 from vla.finetune.formats.lerobot_reader import LeRobotReader
 from vla.finetune.formats.source import FrameSource, Unreachable
 from vla.types import VlaError, problem
@@ -68,15 +69,19 @@ class HubAddress:
 
 @dataclass(frozen=True)
 class HubFiles:
-    """Called with the local path of a file of a dataset, downloads it there unless it is there. Picklable."""
+    """Called with the local path of a file of a dataset, downloads it there unless it is there. Picklable without `cached`."""
 
     address: HubAddress
     commit: str
     root: Path
     """Where the dataset's folder lies in the cache, in the snapshot of `commit`."""
+    cached: CachedFiles | None = None
+    """What decides which files are kept; None: all are."""
 
     def __call__(self, path: Path) -> None:
-        if not path.exists():
+        if self.cached is not None:
+            self.cached.take(path, lambda: self.fetch(path.relative_to(self.root).as_posix()))
+        elif not path.exists():
             self.fetch(path.relative_to(self.root).as_posix())
 
     def fetch(self, name: str) -> Path:
@@ -142,14 +147,16 @@ def download(address: HubAddress, name: str, commit: str | None = None) -> Path:
         raise _explained(error, address, address.path(name)) from error
 
 
-def open_lerobot(address: HubAddress, listing: Listing, name: str | None, skip_bad: bool = False) -> LeRobotReader:
+def open_lerobot(
+    address: HubAddress, listing: Listing, name: str | None, skip_bad: bool = False, cached: CachedFiles | None = None
+) -> LeRobotReader:
     """A LeRobotDataset whose tables are downloaded now and whose other files when they are read."""
     info = download(address, INFO)  # by its revision, so that the cache remembers which commit that was
     root = _root_of(address, listing, info, INFO)
     for file in listing.names:
         if file.startswith("meta/") and file not in _UNREAD:
             download(address, file, listing.commit)
-    need = HubFiles(address, listing.commit, root)
+    need = HubFiles(address, listing.commit, root, cached)
     return LeRobotReader(root, name or address.name, need=need, skip_bad=skip_bad)
 
 

@@ -78,6 +78,8 @@ class FrameSource(ABC):
     """Where the episodes are that have no step; they are left out of `episodes`."""
     episodes: Sequence[EpisodeSpan]
     """In order and without gaps: the first starts at 0, each starts where the one before stops."""
+    in_order: bool = False
+    """Frames that lie far apart are slow to read: it wants `ChunkDataset(window=...)`."""
     bad: tuple[BadEpisode, ...] = ()
     """What was left out when it was opened with `skip_bad`; not among `episodes`."""
 

@@ -12,8 +12,8 @@ import torch
 
 from vla.finetune.data.chunks import ChunkDataset
 from vla.finetune.formats.lerobot_reader import LeRobotReader
+from vla.finetune.sft_setup import observation_of, show_history
 from vla.inputs import prepare_images, prepare_prompt
-from vla.normalize import action_normalizer
 from vla.policy import LocalPolicy
 from vla.spec import ImageSpec
 from vla.tokenizers.protocol import PAD
@@ -110,6 +110,8 @@ def lacking(policy: LocalPolicy, data: DataView) -> str | None:
     missing = [name for name in policy.spec.image.cameras if name not in data.cameras]
     if missing:
         return f"camera {', '.join(missing)} in {data.name}, which has {', '.join(data.cameras) or 'none'}"
+    if policy.spec.head is not None:
+        return "a policy that answers token after token; this one decodes whole chunks in one pass, which is not compared here"
     shown = len(policy.spec.prompt.state_names)
     if shown and shown != len(data.state_names):
         return f"a state of {shown} dimensions in {data.name}, which has {len(data.state_names)}"
@@ -176,8 +178,9 @@ def predict(
     cameras = policy.spec.image.cameras
     dataset = ChunkDataset([(reader.name, reader)], policy.spec.action.horizon, cameras)
     chosen = np.unique(np.linspace(0, len(dataset) - 1, min(n_frames, len(dataset))).round().astype(int))
+    show_history(dataset, policy.spec)
     samples = [dataset[int(i)] for i in chosen]
-    observations = [Observation(s.images, s.state, s.instruction) for s in samples]
+    observations = [observation_of(s) for s in samples]
     truth, valid = np.stack([s.actions for s in samples]), np.stack([~s.is_pad for s in samples])
     truth_ids = policy.action_token_ids(truth, reader.name if reader.name in policy.statistics else unnorm_key)
     valid_tokens = policy.codec.token_mask(truth_ids.numpy(), valid)
@@ -197,7 +200,7 @@ def predict(
     assert teacher_ids is not None
     free_ids = padded([chunk.token_ids for chunk in chunks if chunk.token_ids is not None])
     normalized, ok = policy.codec.decode(free_ids)
-    predicted = action_normalizer(policy.statistics, unnorm_key, policy.spec.action.dim).unnormalize(normalized)
+    predicted = policy.normalizer_of(unnorm_key).unnormalize(normalized)
     return Predictions(
         policy.spec.action.names, truth, valid, predicted, ok, truth_ids.numpy(), teacher_ids,
         _of_width(free_ids, truth_ids.shape[1]), losses,

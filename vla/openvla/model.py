@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vla.files import write_json
 from vla.openvla.config import IMAGE_TOKEN_ID, OpenVlaConfig, published
@@ -63,6 +62,8 @@ class OpenVlaForActionPrediction(PreTrainedModel, GenerationMixin):
         llm_dim = config.text_config.hidden_size
         self.projector = Projector(self.vision_backbone.fused, self.vision_backbone.embed_dim, llm_dim)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.oft: nn.Module | None = None
+        """`vla.openvla.oft_model.OftParts`, where actions come from one pass."""
         self.post_init()
 
     @property
@@ -91,9 +92,9 @@ class OpenVlaForActionPrediction(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.language_model.set_output_embeddings(new_embeddings)
 
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, 3 or 6, h, w) -> (B, P, llm_dim)."""
-        return self.projector(self.vision_backbone(pixel_values))
+    def get_image_features(self, pixel_values: torch.Tensor, language: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, 3 or 6, h, w) -> (B, P, llm_dim); `language` (B, llm_dim) for FiLM."""
+        return self.projector(self.vision_backbone(pixel_values, language))
 
     def forward(
         self,
@@ -106,16 +107,25 @@ class OpenVlaForActionPrediction(PreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        n_actions: int = 0,
+        proprio: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """
+    ) -> Any:
+        """`CausalLMOutputWithPast`; with `n_actions` a tensor: what `oft` makes of the hidden states of that many places.
+
         Args:
             input_ids: (B, T), with `IMAGE_TOKEN_ID` at the patches' places or without such places at all; the output
                 then has P more positions.
             pixel_values: (B, 3 or 6, h, w), on the first pass of a cached generation only.
             attention_mask: (B, T so far), 0 at padding, or 4-D as the language model takes it.
             labels: (B, T), -100 where there is no loss.
+            n_actions: H * D, of a model with `oft`, which takes prompts padded on the left and (B, 6 * images, h, w).
+            proprio: (B, S), the normalised state, for `oft` with a projector.
         """
+        if n_actions:
+            assert self.oft is not None
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixel_values}
+            return self.oft(self, inputs, n_actions, proprio)
         if pixel_values is not None:
             if input_ids is None:
                 raise ValueError("pixel_values need input_ids, which say where the patches go")

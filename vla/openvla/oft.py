@@ -7,7 +7,8 @@ language model would say (discrete). Several images and the robot's state, as on
 The authors get bidirectional attention from a fork of transformers, without which their code runs and acts wrongly. Here
 the mask is an argument: eager and SDPA attention take it, anything else is refused.
 
-Left out: the diffusion head and FiLM. Parameter names are those of their `action_head--*` and `proprio_projector--*` files.
+FiLM (`film.py`) is used where the model has it. Left out: the diffusion head. Parameter names are those of their
+`action_head--*` and `proprio_projector--*` files.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import nn
 
 from vla.openvla.checkpoint import check_weights
 from vla.openvla.config import IMAGE_TOKEN_ID
+from vla.openvla.film import mean_language
 from vla.openvla.model import OpenVlaForActionPrediction, place_images
 from vla.openvla.torch_file import read_tensors
 from vla.types import problem
@@ -38,7 +40,7 @@ class ProprioProjector(nn.Module):
         self.fc2 = nn.Linear(llm_dim, llm_dim)
 
     def forward(self, state: torch.Tensor) -> torch.Tensor:
-        return self.fc2(nn.functional.gelu(self.fc1(state)))
+        return self.fc2(nn.functional.gelu(self.fc1(state.to(self.fc1.weight.dtype))))
 
 
 class ResidualBlock(nn.Module):
@@ -77,6 +79,7 @@ class L1Head(nn.Module):
         self.model = ResidualMlp(llm_dim * action_dim, hidden_dim, action_dim)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
+        states = states.to(self.model.fc1.weight.dtype)
         return self.model(states.reshape(len(states), -1, self.action_dim * states.shape[2]))
 
 
@@ -119,7 +122,8 @@ def action_states(
     """Hidden states that become actions, in one pass.
 
     Args:
-        input_ids: (B, T) without places for patches, each row ending in the bare space, padded on the left.
+        input_ids: (B, T), each row ending in the bare space, padded on the left; with places for the patches of all images
+            and the state's token, or without any.
         pixel_values: (B, 6 * images, h, w).
         n_actions: H * D.
         proprio: (B, llm_dim), the projected state.
@@ -127,12 +131,20 @@ def action_states(
     Returns:
         (B, n_actions, llm_dim).
     """
-    if not attention_mask[:, -1].all():
+    compiling = torch.compiler.is_compiling()  # then nothing looks at values
+    if not compiling and not attention_mask[:, -1].all():
         raise problem("prompts padded on the right", "left", "set the tokenizer's padding_side to 'left'")
-    features = [model.get_image_features(image) for image in pixel_values.split(CHANNELS, dim=1)]
+    language = None
+    if model.vision_backbone.film:
+        language = mean_language(model, input_ids, attention_mask * (input_ids != IMAGE_TOKEN_ID), STOP_ID)
+    channels = CHANNELS if model.vision_backbone.fused else CHANNELS // 2
+    features = [model.get_image_features(image, language) for image in pixel_values.split(channels, dim=1)]
     features = torch.cat([*features, *([] if proprio is None else [proprio[:, None]])], dim=1)  # (B, P, llm_dim)
-    ids, mask, _ = place_images(input_ids, attention_mask, None, features.shape[1], len(pixel_values))
-    assert mask is not None
+    ids, mask = input_ids, attention_mask
+    if not compiling:
+        ids, grown, _ = place_images(input_ids, attention_mask, None, features.shape[1], len(pixel_values))
+        assert grown is not None
+        mask = grown
     words = model.get_input_embeddings()(ids)
     prompt = words.masked_scatter((ids == IMAGE_TOKEN_ID)[..., None], features.to(words.dtype))
     empty = prompt.new_zeros(len(prompt), n_actions, prompt.shape[2])

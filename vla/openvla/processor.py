@@ -138,11 +138,29 @@ class OpenVlaProcessor:
             "pixel_values": self.image_processor([row[0] for row in images]),
         }  # fmt: skip
 
-    def _placed(self, ids: list[int]) -> list[int]:
+    def encode_many(
+        self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]], n_more: int = 0
+    ) -> dict[str, torch.Tensor]:
+        """As `encode` with as many images for each prompt: their channels one after the other, (B, 6 * images, h, w), their
+        patches' places too, and `n_more` places after them."""
+        n = len(images[0])
+        if n == 0 or any(len(row) != n for row in images):
+            raise problem("prompts with different numbers of images", "as many for each, at least one", "give them")
+        texts: Any = self.tokenizer(list(prompts))["input_ids"]
+        n_places = n * self.n_image_tokens + n_more
+        rows = [self._placed(list(ids), n_places) for ids in texts]
+        padded: Any = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+        return {
+            "input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"],
+            "pixel_values": torch.cat([self.image_processor([row[i] for row in images]) for i in range(n)], dim=1),
+        }  # fmt: skip
+
+    def _placed(self, ids: list[int], n_places: int | None = None) -> list[int]:
         if IMAGE_TOKEN_ID in ids:
             raise problem("<unk> in the prompt", "words", "take <unk> out of the instruction")
         space = [] if ids[-1] == self.space_id else [self.space_id]
-        return [ids[0], *[IMAGE_TOKEN_ID] * self.n_image_tokens, *ids[1:], *space]
+        places = self.n_image_tokens if n_places is None else n_places
+        return [ids[0], *[IMAGE_TOKEN_ID] * places, *ids[1:], *space]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the published files into a folder; it is made if need be."""

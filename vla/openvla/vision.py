@@ -13,6 +13,7 @@ import timm
 import torch
 from timm.models.vision_transformer import LayerScale, VisionTransformer  # pyright: ignore[reportPrivateImportUsage]
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from vla.openvla.config import OpenVlaConfig
 from vla.types import problem
@@ -38,6 +39,8 @@ class VisionBackbone(nn.Module):
         self.fused = bool(config.use_fused_vision_backbone)
         self.gradient_checkpointing = False
         """Set by transformers where activations are to be computed again in the backward pass."""
+        self.film = False
+        """Set by `vla.openvla.film.add_film`: the blocks want the instruction too."""
         self.featurizer = featurizer(config, 0)
         self.embed_dim = self.featurizer.embed_dim
         self.n_patches = self.featurizer.patch_embed.num_patches
@@ -48,14 +51,20 @@ class VisionBackbone(nn.Module):
                 raise problem(f"{self.n_patches} and {self.fused_featurizer.patch_embed.num_patches} patches of the two "
                               "featurizers", "as many", "correct image_sizes in config.json")  # fmt: skip
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: torch.Tensor, language: torch.Tensor | None = None) -> torch.Tensor:
+        """`language` (B, llm_dim), the prompt's mean embedding, goes with FiLM and with nothing else."""
+        if self.film != (language is not None):
+            got = "no mean embedding of the prompt" if self.film else "a mean embedding of the prompt"
+            raise problem(f"{got}, {'with' if self.film else 'without'} FiLM", "the one with the other",
+                          "run a model with FiLM through `vla.openvla.oft.action_states`")  # fmt: skip
         again = self.gradient_checkpointing and self.training
         self.featurizer.set_grad_checkpointing(again)
         if not self.fused:
-            return patches(self.featurizer, pixel_values)
+            return patches(self.featurizer, pixel_values, language)
         self.fused_featurizer.set_grad_checkpointing(again)
         first, second = pixel_values.split(3, dim=1)
-        return torch.cat([patches(self.featurizer, first), patches(self.fused_featurizer, second)], dim=2)
+        towers = patches(self.featurizer, first, language), patches(self.fused_featurizer, second, language)
+        return torch.cat(towers, dim=2)
 
 
 def featurizer(config: OpenVlaConfig, index: int) -> VisionTransformer:
@@ -74,12 +83,25 @@ def featurizer(config: OpenVlaConfig, index: int) -> VisionTransformer:
     return model
 
 
-def patches(model: VisionTransformer, pixels: torch.Tensor) -> torch.Tensor:
+def patches(model: VisionTransformer, pixels: torch.Tensor, language: torch.Tensor | None = None) -> torch.Tensor:
     """(B, 3, h, w) -> (B, P, dim) of the second-to-last block; the last one is not run."""
+    if language is not None:
+        return patches_with_language(model, pixels, language)
     found: Any = model.forward_intermediates(
         pixels, indices=[n_blocks(model) - 2], norm=False, stop_early=True, output_fmt="NLC", intermediates_only=True
     )
     return found[0]
+
+
+def patches_with_language(model: VisionTransformer, pixels: torch.Tensor, language: torch.Tensor) -> torch.Tensor:
+    """timm's `forward_intermediates` with one more argument for each block (`vla.openvla.film.FilmBlock`)."""
+    x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(pixels))))
+    for block in list(model.blocks.children())[:-1]:
+        if model.grad_checkpointing:
+            x = checkpoint(block, x, language=language, use_reentrant=False)
+        else:
+            x = block(x, language=language)
+    return x[:, model.num_prefix_tokens :]
 
 
 def n_blocks(model: VisionTransformer) -> int:
