@@ -4,7 +4,8 @@
 #   make test    the quick tests
 #   make lint types wheel clean
 #
-# Variables: PYTHON (which interpreter makes the environment), VENV (where), EXTRAS, PIP_FLAGS, DEMO_FLAGS, PYTEST_FLAGS.
+# Variables: PYTHON (which interpreter makes the environment), VENV (where), EXTRAS, PIP_FLAGS, DEMO_FLAGS, PYTEST_FLAGS,
+# TEST_PROCESSES (how many the test files are dealt to; 0: one after another in this one).
 
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
@@ -14,6 +15,7 @@ VENV ?= .venv
 EXTRAS ?= dev,metaworld,bnb
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
+TEST_PROCESSES ?= 2
 PIP_FLAGS ?=
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
@@ -27,7 +29,7 @@ demo: setup
 	MUJOCO_GL=$${MUJOCO_GL:-$$(cat $(OFFSCREEN))} $(BIN)/vla demo $(DEMO_FLAGS)
 
 test: setup
-	MUJOCO_GL=$${MUJOCO_GL:-$$(cat $(OFFSCREEN))} $(BIN)/python -m pytest $(PYTEST_FLAGS)
+	MUJOCO_GL=$${MUJOCO_GL:-$$(cat $(OFFSCREEN))} $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_FLAGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -109,9 +109,7 @@ def load(modules: dict, folder: Path):
     model = modules["modeling_prismatic"].OpenVLAForActionPrediction.from_pretrained(folder, torch_dtype=torch.float32)
     processing = modules["processing_prismatic"]
     images = processing.PrismaticImageProcessor.from_pretrained(folder)
-    return model, processing.PrismaticProcessor(
-        image_processor=images, tokenizer=AutoTokenizer.from_pretrained(folder)
-    )
+    return model, processing.PrismaticProcessor(image_processor=images, tokenizer=AutoTokenizer.from_pretrained(folder))
 
 
 def namespace(modules: dict, job: dict, model, processor) -> dict:
@@ -172,7 +170,11 @@ def batches(scope: dict, work: Path, job: dict):
         ]  # fmt: skip
         yield scope["collator"]([scope["batch_transform"](row) for row in rows])
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-        print(json.dumps({"loss": scope["recent_losses"][-1], "cpu_s": cpu, "wall_s": wall}), file=sys.__stdout__, flush=True)
+        print(
+            json.dumps({"loss": scope["recent_losses"][-1], "cpu_s": cpu, "wall_s": wall}),
+            file=sys.__stdout__,
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

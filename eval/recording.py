@@ -28,6 +28,7 @@ def record(out: Path, suite: Suite, result: EpisodeResult, video_every_steps: in
     """
     request, index = result.request, int(result.request.tags["index"])
     latency = tuple(round(query.latency_ms, 3) for query in result.queries)
+    motions = tuple(query.chunk.motion for query in result.queries if query.chunk.motion)
     video, last_frame = None, None
     if result.frames and result.fault is None:
         video = f"videos/{request.task}-{index}-{'success' if result.success else 'failure'}.mp4"
@@ -40,7 +41,7 @@ def record(out: Path, suite: Suite, result: EpisodeResult, video_every_steps: in
         write_bytes(out / last_frame, _jpeg(upright(side_by_side(result.queries[-1].observation, suite), suite)))
     return EpisodeRow(
         request.task, index, request.seed, result.success, result.n_steps, result.undecodable, result.fault,
-        round(result.wall_s, 3), latency, video, last_frame,
+        round(result.wall_s, 3), latency, video, last_frame, motions,
     )  # fmt: skip
 
 

@@ -40,6 +40,8 @@ class EpisodeRow:
     """Relative to the evaluation's folder."""
     last_frame: str | None = None
     """Of an episode that failed and was not filmed: the picture of its last query. Relative to the evaluation's folder."""
+    motions: tuple[str, ...] = ()
+    """Of each policy query, the language motion it acted by; empty for a policy without."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,8 @@ def compare(a: EvalResult, b: EvalResult, task: str | None = None) -> Comparison
 def read_rows(out: Path) -> dict[tuple[str, int], EpisodeRow]:
     """(task, index) -> its last row, without a line that a crash cut. Changes nothing."""
     rows = read_jsonl(out / EPISODES_FILE)
-    parsed = [EpisodeRow(**{**row, "latency_ms": tuple(row["latency_ms"])}) for row in rows]
+    parsed = [EpisodeRow(**{**row, "latency_ms": tuple(row["latency_ms"]), "motions": tuple(row.get("motions", ()))})
+              for row in rows]  # fmt: skip
     return {(row.task, row.index): row for row in parsed}
 
 

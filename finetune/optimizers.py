@@ -58,3 +58,9 @@ def state_bytes(name: OptimizerName, sizes: Iterable[int]) -> int:
         return sum(8 * n + 4 for n in sizes)
     scales = [2 * n + 2 * 4 * -(-n // 256) + 2 * 4 * 256 for n in sizes if n >= FULL_STATE_BELOW]
     return sum(scales) + sum(8 * n for n in sizes if n < FULL_STATE_BELOW)
+
+
+def update_bytes(name: OptimizerName, sizes: Iterable[int], device: str) -> int:
+    """Bytes that an update takes for a moment: PyTorch's AdamW goes from parameter to parameter on a CPU and makes the root
+    of the second moment and the denominator of each. The fused one on a GPU and those in 8 bits work in place."""
+    return 2 * 4 * max(sizes, default=0) if name == "adamw" and device == "cpu" else 0

@@ -12,10 +12,12 @@ from vla.adapters import ALL_LINEAR, load_dtype, make_trainable, place_actions
 from vla.backbone import DTYPES, Backbone, fingerprint, load_backbone
 from vla.finetune.sft_settings import Settings
 from vla.kbit import require_bitsandbytes
+from vla.lean_lora import lean_lora
 from vla.normalize import Statistics
 from vla.openvla.adapter import PREFIX, attach_adapter
-from vla.openvla.oft_model import read_parts, train_parts
-from vla.policy import STATISTICS_FILE, LocalPolicy, load_policy, read_statistics
+from vla.openvla.oft_model import expect, read_parts, train_parts
+from vla.policy import LocalPolicy, load_policy
+from vla.policy_files import STATISTICS_FILE, read_statistics
 from vla.spec import HEAD_FOLDER, BackboneSpec, PolicySpec, TokenSpec, read_tokenizer
 from vla.tokenizers.placement import Placement
 from vla.tokenizers.protocol import ActionTokenizer
@@ -78,6 +80,8 @@ def _fresh_adapter(
         raise problem(f"weights {found} at {source}", f"{spec.backbone.fingerprint}, which the policy was imported from",
                       "restore those weights, or import the policy again")  # fmt: skip
     own_rows = ALL_LINEAR not in settings.lora_parts and spec.head is None
+    if spec.head is not None:
+        expect(backbone.model, spec.head)
     make_trainable(
         backbone, settings.method, dtype=DTYPES[dtype], device=device, r=settings.lora_r, alpha=settings.lora_alpha,
         dropout=settings.lora_dropout, parts=settings.lora_parts, init=settings.lora_init,
@@ -127,4 +131,5 @@ def train_again(model: Any, dtype: torch.dtype, lora: bool = False) -> None:
             parameter.data = parameter.data.float()
         elif parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
+    lean_lora(model)
     model.eval()

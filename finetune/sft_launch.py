@@ -61,6 +61,8 @@ def _zero_accelerator(settings: Settings, device: str) -> Accelerator:
     if stage == 3 and settings.method == "qlora":
         raise problem("ZeRO-3 with --method qlora", "weights that can be cut anywhere",
                       "use examples/accelerate/zero2.yaml")  # fmt: skip
+    if stage == 3 and settings.film:
+        raise problem("ZeRO-3 with --film", "parts that all train: others cannot be saved", "use examples/accelerate/zero2.yaml")
     if stage == 3 and (settings.free_running_samples or settings.eval_suite):
         raise problem("ZeRO-3 with evaluations in which the policy acts", "only teacher-forced ones: no process has all weights",
                       "pass --free-running-samples 0 and no --eval-suite, and run `vla eval` afterwards")  # fmt: skip

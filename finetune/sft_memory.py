@@ -11,7 +11,7 @@ from torch import nn
 
 from vla.finetune.data.augment import uncropped
 from vla.finetune.data.chunks import ChunkDataset
-from vla.finetune.optimizers import state_bytes
+from vla.finetune.optimizers import state_bytes, update_bytes
 from vla.finetune.sft_model import out_of_memory
 from vla.finetune.sft_settings import Settings
 from vla.finetune.sft_setup import observation_of
@@ -30,11 +30,12 @@ def estimate_step(settings: Settings, dataset: ChunkDataset, policy: LocalPolicy
     samples = [dataset[int(i)] for i in dataset.indices(0, settings.batch_size)]
     ids = padded([policy.action_token_ids(s.actions[None], s.dataset)[0].tolist() for s in samples])
     image = uncropped(policy.spec.image) if settings.augment else None
-    narrow = settings.loss_over == "actions"
+    narrow, sizes = settings.loss_over == "actions", trained_sizes(policy.backbone.model)
     return estimate(
         policy.backbone, lambda: policy.encode([observation_of(sample) for sample in samples], image),
         torch.from_numpy(ids), only_ids=policy.legal_ids if narrow else None, autocast=AUTOCAST[settings.precision],
-        optimizer_bytes=state_bytes(settings.optimizer, trained_sizes(policy.backbone.model)),
+        optimizer_bytes=state_bytes(settings.optimizer, sizes),
+        update_bytes=update_bytes(settings.optimizer, sizes, policy.backbone.device.type),
         passes=settings.grad_accumulation, head=policy.spec.head.kind if policy.spec.head else "",
     )  # fmt: skip
 

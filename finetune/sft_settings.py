@@ -266,7 +266,8 @@ class Settings:
                           "lower it, or drop --no-state")  # fmt: skip
         if self.numbers_as == "tokens" and not (self.state or self.history):
             raise problem("--numbers-as tokens without state and history", "numbers in the prompt", "drop one of them")
-        if self.history < 0 or not 0.0 <= self.history_dropout < 1.0 or (self.history_dropout and not self.history):
+        shown = self.history or self.from_  # a policy that is gone on with decides what it is shown
+        if self.history < 0 or not 0.0 <= self.history_dropout < 1.0 or (self.history_dropout and not shown):
             raise problem(f"history_dropout {self.history_dropout} with history {self.history}", "0 <= history_dropout < 1, with "
                           "past actions", "lower it, or pass --history 4")  # fmt: skip
         if self.vl_weights and len(self.vl_weights) != len(self.vl_data):

@@ -21,10 +21,13 @@ from vla.finetune.sft_start import acting_key, check_data, joined_statistics, re
 from vla.finetune.tokenizer_fit import action_tokenizer, normalized_chunks, takes_physical_units
 from vla.import_policy import V01_TEMPLATE
 from vla.libero_protocol import action_fields, get_protocol, image_spec
+from vla.new_policy import create_policy
 from vla.normalize import gripper_to_robot
+from vla.number_tokens import place_numbers
 from vla.openvla.config import OpenVlaConfig
-from vla.policy import LocalPolicy, create_policy
+from vla.policy import LocalPolicy
 from vla.spec import TOKENIZER_FOLDER, ActionSpec, BackboneSpec, HeadSpec, ImageSpec, PolicySpec, PromptSpec
+from vla.tokenizers.placement import Placement
 from vla.tokenizers.schemes import load_tokenizer
 from vla.types import Observation, problem
 
@@ -114,6 +117,7 @@ def build_policy(
         print(f"{settings.backbone} is an OpenVLA: its prompt, pictures of {image.size_px} px by {image.resize_filter}, "
               "and, unless --placement says otherwise, its own action ids")  # fmt: skip
     if start.kind == "adapter" and start.folder is not None:
+        _, prompt = place_numbers(prompt, Placement.load(OPENVLA_TOKENS.placement), OPENVLA_TOKENS.n_symbols)
         spec = PolicySpec(settings.out.name, BackboneSpec(settings.backbone), action, image, prompt, OPENVLA_TOKENS, key)
         return policy_on_lora(spec, start.folder, statistics, tokenizer, device, dtype)
     placement = settings.placement

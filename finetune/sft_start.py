@@ -32,7 +32,7 @@ from vla.normalize import ActionNormalizer, Statistics, action_normalizer, choos
 from vla.openvla.checkpoint import local_folder, read_config
 from vla.openvla.checkpoint import read_statistics as checkpoint_statistics
 from vla.openvla.config import OpenVlaConfig
-from vla.policy import STATISTICS_FILE, read_statistics
+from vla.policy_files import STATISTICS_FILE, read_statistics
 from vla.spec import FILE, TOKENIZER_FOLDER, PolicySpec, read_spec
 from vla.types import problem
 
@@ -186,6 +186,7 @@ def _of_policy(settings: Settings, spec: PolicySpec, folder: Path) -> dict[str, 
         "numbers_as": prompt.numbers_as, "template": prompt.template, "gripper_dim": gripper, "delta": spec.action.delta,
         "head": head.kind if head else "tokens", "proprio": bool(head and head.state_names), "film": bool(head and head.film),
         "normalization": spec.action.normalization, "placement": "auto",
+        "language_motion": settings.language_motion or spec.motion is not None,
         "tokenizer": str(tokenizer) if tokenizer.is_dir() else spec.tokens.scheme, "backbone": spec.backbone.source,
     }  # fmt: skip
 
@@ -258,8 +259,8 @@ def _openvla(source: str) -> tuple[Path | None, OpenVlaConfig | None]:
     folder = local_folder(source, None)
     heads = sorted(path.name for path in folder.glob("action_head--*"))
     if heads:
-        raise problem(f"{source} with {heads[0]}, an OpenVLA-OFT checkpoint", "an OpenVLA that answers in tokens",
-                      "start from openvla/openvla-7b, or a checkpoint without a head")  # fmt: skip
+        raise problem(f"{source} with {heads[0]}, an OpenVLA-OFT checkpoint", "a policy directory, which holds its head too",
+                      f"vla import {source} --out POLICY, and start --from POLICY")  # fmt: skip
     return folder, read_config(folder)
 
 

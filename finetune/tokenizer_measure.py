@@ -94,7 +94,9 @@ def plot(rows: Sequence[Measured], title: str, code_lengths: Sequence[CodeLength
     for row in rows:
         for axis, value in ((error, max(row.rms, 1e-7)), (bits, row.bits)):
             axis.scatter(row.tokens_mean, value)
-            axis.annotate(row.name, (row.tokens_mean, value), fontsize=8, xytext=(4, 3), textcoords="offset points")
+            axis.annotate(
+                _short(row.name), (row.tokens_mean, value), fontsize=8, xytext=(4, 3), textcoords="offset points"
+            )
     for scheme in dict.fromkeys(length.scheme for length in code_lengths):
         mine = sorted((c.tokens, c.bits, max(c.rms_error, 1e-7)) for c in code_lengths if c.scheme == scheme)
         tokens, cost, loss = zip(*mine, strict=True)
@@ -105,7 +107,7 @@ def plot(rows: Sequence[Measured], title: str, code_lengths: Sequence[CodeLength
         bits.legend(fontsize=8)
     error.set(yscale="log", xlabel="tokens per chunk", ylabel="RMS error, normalised", title=title)
     bits.set(xlabel="tokens per chunk", ylabel="bits per chunk")
-    places, names = np.arange(len(rows)), [row.name for row in rows]
+    places, names = np.arange(len(rows)), [_short(row.name) for row in rows]
     speed.barh(places - 0.2, [row.encode_per_s for row in rows], 0.4, label="encode")
     speed.barh(places + 0.2, [row.decode_per_s for row in rows], 0.4, label="decode")
     speed.set_yticks(places, names, fontsize=8)
@@ -114,6 +116,11 @@ def plot(rows: Sequence[Measured], title: str, code_lengths: Sequence[CodeLength
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
+
+
+def _short(name: str) -> str:
+    """The end of a long path: a label as wide as the figure would leave no room for what it names."""
+    return name if len(name) <= 28 else "…" + name[-27:]
 
 
 def _unnormalized(chunks: np.ndarray, normalizers: Sequence[tuple[int, ActionNormalizer]]) -> np.ndarray:

@@ -10,7 +10,8 @@
 
 Images are sent as they are, uint8 RGB (height, width, 3), without loss. A policy whose `client.metadata["history"]` is K > 0
 is shown what the robot did: add "past_actions": executed[-K:], the actions of this episode as they were executed, oldest
-first; an empty list at its beginning.
+first; an empty list at its beginning. A policy whose metadata lists "motions" says in `chunk.motion` what it does, and is
+corrected by "motion": "move arm up" in an observation.
 """
 
 from __future__ import annotations  # lets Python 3.8 read today's annotations
@@ -42,6 +43,8 @@ class ActionChunk(NamedTuple):
     """False: the model's output was not an action. Do not move."""
     latency_ms: float
     """Time inside the server for the whole request."""
+    motion: str = ""
+    """The language motion that the actions follow; empty for a policy without."""
 
 
 class PolicyServerError(RuntimeError):
@@ -99,7 +102,7 @@ class PolicyClient:
 
         Args:
             observations: objects with `images`, `state`, `instruction` and `key`, or dicts with these keys
-                (`state` and `key` may be missing); both may have `past_actions`. Anything else they carry is not sent.
+                (`state` and `key` may be missing); both may have `past_actions` and `motion`. Anything else they carry is not sent.
         """
         if not observations:
             return []
@@ -200,16 +203,18 @@ class PolicyClient:
 def _observation_json(item: Any) -> bytes:
     if isinstance(item, dict):
         images, state, instruction, key = item["images"], item.get("state"), item["instruction"], item.get("key")
-        past_actions = item.get("past_actions")
+        past_actions, motion = item.get("past_actions"), item.get("motion")
     else:
         images, state, instruction, key = item.images, item.state, item.instruction, item.key
-        past_actions = getattr(item, "past_actions", None)
+        past_actions, motion = getattr(item, "past_actions", None), getattr(item, "motion", "")
     named = [json.dumps(name).encode() + b": " + _image_json(name, image) for name, image in images.items()]
     rest: dict[str, Any] = {"instruction": instruction, "key": [int(part) for part in key or ()]}
     if state is not None:
         rest["state"] = np.asarray(state, np.float64).tolist()
     if past_actions is not None:
         rest["past_actions"] = np.asarray(past_actions, np.float64).tolist()
+    if motion:
+        rest["motion"] = motion
     # Put together by hand: json.dumps would look at every character of the images again.
     return b"".join([b'{"images": {', b", ".join(named), b"}, ", json.dumps(rest).encode()[1:]])
 
@@ -235,4 +240,5 @@ def _chunk(result: dict[str, Any], latency_ms: float) -> ActionChunk:
         logprobs=None if logprobs is None else np.asarray(logprobs, np.float32),
         ok=bool(result["ok"]),
         latency_ms=float(latency_ms),
+        motion=result.get("motion", ""),
     )

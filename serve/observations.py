@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vla.motion_spec import check_said
 from vla.serve import wire
 from vla.types import Observation, problem
 
@@ -34,11 +35,13 @@ class Inputs:
     """Past actions it is shown."""
     optional: tuple[str, ...] = ()
     """Of `state` and `past_actions`, what it can do without."""
+    says_motions: bool = False
+    """It acts by language motions, and may be told one."""
 
 
 def inputs_of(metadata: Mapping[str, Any]) -> Inputs:
-    """Reads the optional keys `cameras`, `state_names` or `state_dim`, `unnorm_key`, `unnorm_keys`, `action_dim`, `history`
-    and `optional_inputs`."""
+    """Reads the optional keys `cameras`, `state_names` or `state_dim`, `unnorm_key`, `unnorm_keys`, `action_dim`, `history`,
+    `optional_inputs` and `motions`."""
     cameras = metadata.get("cameras")
     return Inputs(
         cameras=None if cameras is None else tuple(cameras),
@@ -48,6 +51,7 @@ def inputs_of(metadata: Mapping[str, Any]) -> Inputs:
         action_dim=metadata.get("action_dim"),
         history=metadata.get("history") or 0,
         optional=tuple(metadata.get("optional_inputs") or ()),
+        says_motions=bool(metadata.get("motions")),
     )
 
 
@@ -57,7 +61,7 @@ def observation_of(body: Mapping[str, Any], inputs: Inputs) -> Observation:
     Args:
         body: `images` {camera: image} or `image` (one camera) or OpenVLA-OFT's `full_image` and `*wrist*` keys;
             `instruction`; `state` (json_numpy or a list of numbers); `key` (list of non-negative ints); `past_actions`
-            (json_numpy or a list of actions, oldest first; empty at the beginning of an episode).
+            (json_numpy or a list of actions, oldest first; empty at the beginning of an episode); `motion` (text).
             An image is an array in json_numpy's form, or the base64 text of a PNG or JPEG file.
     """
     images = {name: _image(value, f"image {name!r}") for name, value in _named_images(body, inputs).items()}
@@ -65,7 +69,8 @@ def observation_of(body: Mapping[str, Any], inputs: Inputs) -> Observation:
     if missing:
         raise problem(f"cameras {sorted(images)}", f"all of {list(inputs.cameras or ())}", f"send {', '.join(missing)}")
     return Observation(images, _state(body.get("state"), inputs), _instruction(body.get("instruction")),
-                       _key(body.get("key")), past_actions=_past_actions(body.get("past_actions"), inputs))  # fmt: skip
+                       _key(body.get("key")), past_actions=_past_actions(body.get("past_actions"), inputs),
+                       motion=_motion(body.get("motion"), inputs))  # fmt: skip
 
 
 def check_unnorm_key(key: object, inputs: Inputs) -> None:
@@ -143,7 +148,9 @@ def _state(value: object, inputs: Inputs) -> np.ndarray | None:
 
 def _past_actions(value: object, inputs: Inputs) -> np.ndarray | None:
     """float32 (n, D), the last ones the policy is shown."""
-    expected = f"the last {inputs.history} actions of this episode, oldest first" if inputs.history else "a list of actions"
+    expected = (
+        f"the last {inputs.history} actions of this episode, oldest first" if inputs.history else "a list of actions"
+    )
     expected += "" if inputs.action_dim is None else f", {inputs.action_dim} finite numbers each"
     fix = "send the actions the robot executed, [] at the beginning of an episode"
     if value is None:
@@ -179,6 +186,16 @@ def _instruction(value: object) -> str:
         raise problem(got, "what the robot should do, in words", 'send "instruction": "pick up the cup"')
     if len(value) > MAX_INSTRUCTION_CHARS:
         raise problem(f"an instruction of {len(value)} characters", f"at most {MAX_INSTRUCTION_CHARS}", "shorten it")
+    return value
+
+
+def _motion(value: object, inputs: Inputs) -> str:
+    if value is None or value == "":
+        return ""
+    if not isinstance(value, str) or not inputs.says_motions:
+        raise problem(f"motion {value!r}", "none: the policy has no language motions" if isinstance(value, str) else "a text",
+                      "leave it out")  # fmt: skip
+    check_said(value)
     return value
 
 

@@ -40,7 +40,10 @@ class RemotePolicy:
             chunks = self._client.act(observations)
         except PolicyServerError as error:
             raise VlaError(str(error)) from error
-        return [ActionChunk(np.asarray(chunk.actions), chunk.token_ids, chunk.logprobs, chunk.ok) for chunk in chunks]
+        return [
+            ActionChunk(np.asarray(chunk.actions), chunk.token_ids, chunk.logprobs, chunk.ok, chunk.motion)
+            for chunk in chunks
+        ]
 
     def reset(self) -> None:
         self._client.reset()

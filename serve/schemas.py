@@ -31,7 +31,11 @@ class ObservationBody(BaseModel):
     state: ArrayBody | list[StrictFloat] | None = Field(None, description="proprioceptive state, un-normalised")
     key: list[StrictInt] = Field([], description="identity of this query; a sampling policy draws its noise from it")
     past_actions: ArrayBody | list[list[StrictFloat]] | None = Field(
-        None, description="actions executed in this episode, oldest first, the last `history` of /metadata; [] at its start"
+        None,
+        description="actions executed in this episode, oldest first, the last `history` of /metadata; [] at its start",
+    )
+    motion: str | None = Field(
+        None, description="language motion to act by, where /metadata lists `motions`; left out: the policy chooses"
     )
 
 
@@ -45,6 +49,7 @@ class ActRequest(BaseModel):
     state: ArrayBody | list[StrictFloat] | None = None
     key: list[StrictInt] | None = None
     past_actions: ArrayBody | list[list[StrictFloat]] | None = None
+    motion: str | None = None
     unnorm_key: str | None = Field(None, description="must be the statistics the server was started with")
 
 
@@ -56,6 +61,7 @@ class ActResult(BaseModel):
     shape: list[int] = Field(description="[H, D]")
     token_ids: list[int] | None = None
     logprobs: list[float | None] | None = Field(None, description="one per token; null where not finite")
+    motion: str = Field("", description="the language motion that the actions follow; empty for a policy without")
 
 
 class ActReply(ActResult):
@@ -81,6 +87,7 @@ def result_json(chunk: ActionChunk) -> dict[str, Any]:
         "shape": list(chunk.actions.shape),
         "token_ids": None if ids is None else np.asarray(ids).tolist(),
         "logprobs": None if logprobs is None else [_finite(value) for value in np.asarray(logprobs).tolist()],
+        "motion": chunk.motion,
     }
 
 

@@ -1,19 +1,15 @@
-"""Fine-tuning runs of several CPU processes: `accelerate launch ... sharding.py FOLDER HOW JOB...`.
+"""One of two CPU processes that fine-tune together.
 
-HOW is ddp, fsdp2, zero2 or zero3, as `accelerate launch` was told too. A job is JSON: {"out": "NAME", "changes": {...}} is
-a run, and with "back_to": 2 that run once more from its checkpoint of step 2, after `back_to`.
+How they are launched is ddp, fsdp2, zero2 or zero3. A job {"out": "NAME", "changes": {...}} is a run, and with "back_to": 2
+that run once more from its checkpoint of step 2, after `back_to`.
 """
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":
-    sys.modules["bitsandbytes"] = None  # pyright: ignore[reportArgumentType]  # seconds to import, and not used here
 
 from accelerate import Accelerator, DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import PartialState
@@ -87,7 +83,12 @@ def back_to(run: Path, step: int) -> None:
     write_json(run / "checkpoints" / "latest.json", {"checkpoint": f"step-{step:08d}"})
 
 
-def main(folder: Path, how: str, jobs: list[dict[str, Any]]) -> None:
+def process(environment: dict[str, str], log: Path, folder: Path, how: str, jobs: list[dict[str, Any]]) -> None:
+    """All jobs, as the process that `environment` says this is; what it prints goes to `log`."""
+    os.environ |= environment
+    with log.open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
     if how == "fsdp2":
         sft_launch.Accelerator = CpuSharding
     if how.startswith("zero"):
@@ -103,7 +104,3 @@ def main(folder: Path, how: str, jobs: list[dict[str, Any]]) -> None:
             PartialState().wait_for_everyone()
         family = folder / changes.pop("family", "llava")
         sft.run(sft_settings(folder, out=out, backbone=str(family), **changes))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], [json.loads(job) for job in sys.argv[3:]])

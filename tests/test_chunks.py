@@ -12,8 +12,9 @@ from episodes import WRITER, make_episode
 from sources import ArraySource, toy_source
 from training import sft_settings
 
-from vla.finetune.data import chunks
-from vla.finetune.data.chunks import ChunkDataset, Sample, epoch_order, holdout_split
+from vla.finetune.data import image_cache
+from vla.finetune.data.chunks import ChunkDataset, Sample, holdout_split
+from vla.finetune.data.order import epoch_order
 from vla.finetune.formats.lerobot_reader import LeRobotReader
 from vla.finetune.formats.lerobot_writer import LeRobotWriter
 from vla.finetune.formats.source import Span
@@ -111,7 +112,7 @@ def test_cached_images_are_the_same(toy):
 
 
 def test_cache_too_large(toy, monkeypatch):
-    monkeypatch.setattr(chunks, "_available_bytes", lambda: 1000)
+    monkeypatch.setattr(image_cache, "available_bytes", lambda: 1000)
     with pytest.raises(VlaError, match="of images to cache.*set cache_images to False"):
         ChunkDataset([("toy", toy)], 2, cache_images=True)
 

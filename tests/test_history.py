@@ -37,7 +37,11 @@ from vla.tokenizers.placement import Placement
 from vla.types import ActionChunk, EpisodeRequest, Observation, VlaError
 
 SPEC = PromptSpec(
-    "Past actions: {history}. {instruction}", history=3, history_low=(-1.0, 0.0), history_high=(1.0, 10.0), state_bins=10
+    "Past actions: {history}. {instruction}",
+    history=3,
+    history_low=(-1.0, 0.0),
+    history_high=(1.0, 10.0),
+    state_bins=10,
 )
 PAST = np.float32([[-1.0, 5.0], [0.05, 0.0], [1.0, 99.0], [0.5, 2.5]])
 FRONT = ImageSpec(("front",), 32)
@@ -54,7 +58,9 @@ def seen(past: np.ndarray | None) -> Observation:
 def test_the_text_of_past_actions():
     assert prepare_prompt(seen(PAST[:0]), SPEC) == "Past actions: unknown; unknown; unknown. go"
     assert prepare_prompt(seen(PAST[:1]), SPEC) == "Past actions: unknown; unknown; 0 5. go"
-    assert prepare_prompt(seen(PAST), SPEC) == "Past actions: 5 0; 9 9; 7 2. go", "the last three, clipped to the bounds"
+    assert prepare_prompt(seen(PAST), SPEC) == "Past actions: 5 0; 9 9; 7 2. go", (
+        "the last three, clipped to the bounds"
+    )
     optional = dataclasses.replace(SPEC, history_optional=True)
     assert history_text(None, optional) == history_text(PAST[:0], optional) == "; ".join([UNKNOWN] * 3)
     tokens = dataclasses.replace(SPEC, numbers_as="tokens")
@@ -76,7 +82,10 @@ def test_a_spec_that_contradicts_itself(tmp_path):
     for change, message in (
         ({"history": 2}, "with history 2; expected {history} in the template if, and only if, past actions are shown"),
         ({"template": "{instruction} {state} {history}"}, "with history 0"),
-        ({"template": "{instruction} {state} {history}", "history": 1}, "got 0 and 0 bounds of past actions; expected 2 each"),
+        (
+            {"template": "{instruction} {state} {history}", "history": 1},
+            "got 0 and 0 bounds of past actions; expected 2 each",
+        ),
     ):
         with pytest.raises(VlaError, match=message):
             check(dataclasses.replace(spec, prompt=dataclasses.replace(spec.prompt, **change)))
@@ -140,7 +149,9 @@ def test_a_recording_replayed_by_the_engine_gives_the_prompts_of_training(monkey
 
     steps = queries(1)
     states = np.stack([o.state for o in steps])
-    source = ArraySource([recorded[: len(steps)]], [states], instructions=[steps[0].instruction], action_names=action.names)
+    source = ArraySource(
+        [recorded[: len(steps)]], [states], instructions=[steps[0].instruction], action_names=action.names
+    )
     prompt = PromptSpec(
         "{history} {state} {instruction}", True, ("x", "y"), (0.0, 0.0), (1.0, 1.0), history=4,
         history_low=(-0.02, -1.0), history_high=(0.02, 1.0), numbers_as=numbers_as,
@@ -257,9 +268,18 @@ def test_trained_saved_loaded_and_asked(folder, trained):
 
 
 def test_workers_that_prepare_samples_change_nothing(folder, trained):
-    settings = sft_settings(folder, out=folder / "helped", history=2, history_dropout=0.4, data_workers=1, cache_images=False)
+    settings = sft_settings(
+        folder, out=folder / "helped", history=2, history_dropout=0.4, data_workers=1, cache_images=False
+    )
     mine, theirs = (policy / "adapter" / "adapter_model.safetensors" for policy in (sft.run(settings), trained))
     assert mine.read_bytes() == theirs.read_bytes()
+
+
+def test_training_goes_on_from_a_policy_with_its_history(folder, trained):
+    again = sft.run(sft_settings(folder, out=folder / "more", from_=str(trained), steps=1, history_dropout=0.2))
+    assert load_policy(again).spec.prompt == load_policy(trained).spec.prompt
+    row = read_jsonl(folder / "more" / "metrics.jsonl")[0]
+    assert row["loss"] < read_jsonl(trained.parent / "metrics.jsonl")[0]["loss"]
 
 
 def test_the_engine_drives_a_server_as_it_drives_the_policy(folder, trained):
@@ -375,7 +395,9 @@ def test_many_dimensions_and_cameras_end_to_end(folder, tmp_path, monkeypatch, r
     dim, cameras, more = ROBOTS[robot]
     source = robot_source(dim, cameras)
     monkeypatch.setattr("vla.finetune.sft_setup.open_sources", lambda *_: ([source], None))
-    settings = sft_settings(folder, out=tmp_path / "run", data=("robot",), horizon=4, steps=3, holdout_episodes=1, **more)
+    settings = sft_settings(
+        folder, out=tmp_path / "run", data=("robot",), horizon=4, steps=3, holdout_episodes=1, **more
+    )
     policy = load_policy(sft.run(settings))
     assert policy.metadata["action_dim"] == len(policy.metadata["state_names"]) == dim
     assert policy.spec.image.cameras == cameras and policy.spec.action.horizon == 4

@@ -8,21 +8,31 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from serving import FakePolicy, running
 from sources import ARM, ArraySource
+from test_sft_launch import run_two
 from test_sft_resume import same_run
 from training import fake_dataset, sft_settings, tiny_backbone
 
+from vla import merge
 from vla.backbone import Backbone, load_backbone
-from vla.files import read_jsonl
+from vla.eval.recording import record
+from vla.eval.results import EPISODES_FILE, read_rows
+from vla.files import append_jsonl, read_jsonl
 from vla.finetune import rl, sft
 from vla.finetune.data import data_inspect
 from vla.finetune.data.language_motion import STILL, MotionRule, all_phrases, label_frames
 from vla.language_motion import PhraseTrie, asked, choose_phrases, phrase_grammar, phrase_ids
 from vla.motion_spec import MotionSpec, motion_template
 from vla.policy import LocalPolicy, load_policy
+from vla.rollout import run_episodes
+from vla.serve.app import make_app
+from vla.serve.remote_policy import RemotePolicy
 from vla.spec import from_json, read_spec, to_json
 from vla.testing import FakeSuite
-from vla.types import Observation, VlaError
+from vla.types import EpisodeRequest, Observation, VlaError
 
 WORDS = ("dx=right/left", "dy=forward/backward")
 
@@ -37,7 +47,13 @@ def arm(rows: list[list[float]]) -> np.ndarray:
 
 
 def test_the_largest_movements_come_first_and_the_gripper_last():
-    rows = [[0.5, 1.0, 0, 0, 0, 0, -1], [1.0, 0.1, 0, 0, 0, 0, -1], [0, 0, -1.0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 1, 1], [0] * 6 + [1.0]]
+    rows = [
+        [0.5, 1.0, 0, 0, 0, 0, -1],
+        [1.0, 0.1, 0, 0, 0, 0, -1],
+        [0, 0, -1.0, 0, 0, 0, 1],
+        [0, 0, 0, 0, 0, 1, 1],
+        [0] * 6 + [1.0],
+    ]
     found = phrases_of(ArraySource([arm(rows)]), lookahead=1)
     assert found == [
         "move arm left and forward",
@@ -175,7 +191,9 @@ def rows_of(settings: sft.Settings, key: str = "loss") -> list[dict]:
 
 @pytest.fixture(scope="module")
 def trained(folder) -> sft.Settings:
-    settings = motion_settings(folder, "trained", steps=60, lr=5e-3, batch_size=8, save_every_steps=60, eval_every_steps=60)
+    settings = motion_settings(
+        folder, "trained", steps=60, lr=5e-3, batch_size=8, save_every_steps=60, eval_every_steps=60
+    )
     sft.run(settings)
     return settings
 
@@ -233,8 +251,6 @@ def test_log_probabilities_are_those_of_the_actions_given_the_motion(trained):
     for row, chunk in zip(rows, policy.act(rows), strict=True):
         assert chunk.token_ids is not None and chunk.logprobs is not None
         seen = dataclasses.replace(row, motion=chunk.motion)
-        import torch
-
         ids = torch.from_numpy(chunk.token_ids)[None]
         with torch.no_grad():
             logits = policy.backbone.action_logits(policy.encode([seen]), ids)[0][:, policy.legal_ids] / 0.7
@@ -256,9 +272,61 @@ def test_the_motion_decides_the_prompt_of_the_actions(trained):
     policy = open_policy(trained)
     row = with_camera(policy, observations(1))[0]
     words = policy.backbone.processor.tokenizer
-    asks, acts = (words.decode(policy.encode([r])["input_ids"][0]) for r in (row, dataclasses.replace(row, motion="move arm up")))
+    asks, acts = (
+        words.decode(policy.encode([r])["input_ids"][0]) for r in (row, dataclasses.replace(row, motion="move arm up"))
+    )
     assert "What motion should the robot make to reach-near the green square?" in asks
     assert "What action should the robot take to reach-near the green square, with the motion: move arm up?" in acts
+
+
+def test_served_as_it_is_here(trained):
+    policy = open_policy(trained)
+    rows = with_camera(policy, observations(3))
+    with running(make_app(policy)) as url:
+        remote = RemotePolicy(url)
+        told = dataclasses.replace(rows[0], motion="move arm up")
+        for mine, theirs in zip(policy.act([*rows, told]), remote.act([*rows, told]), strict=True):
+            assert mine.motion == theirs.motion != ""
+            np.testing.assert_array_equal(mine.token_ids, theirs.token_ids)
+        with pytest.raises(VlaError, match="one line of up to 1000 characters"):
+            remote.act([dataclasses.replace(rows[0], motion="up\ndown")])
+    with running(make_app(FakePolicy())) as url, pytest.raises(VlaError, match="the policy has no language motions"):
+        seen = Observation({"front": np.zeros((4, 4, 3), np.uint8)}, None, "pick up the cup", motion="move arm up")
+        RemotePolicy(url).act([seen])
+
+
+def test_merged_it_says_the_same(trained, tmp_path):
+    merge.run(merge.Settings(trained.out / "policy", tmp_path / "merged"))
+    before, after = open_policy(trained), load_policy(tmp_path / "merged")
+    rows = with_camera(before, observations())
+    for a, b in zip(before.act(rows), after.act(rows), strict=True):
+        assert a.motion == b.motion
+        np.testing.assert_allclose(a.actions, b.actions, atol=1e-4)
+
+
+def test_evaluations_record_them(trained, tmp_path):
+    policy, suite = open_policy(trained), FakeSuite(max_steps=6)
+    (result,) = run_episodes(
+        policy, suite, [EpisodeRequest("reach-near", 1, tags={"index": 0})], n_workers=0, keep_queries=True
+    )
+    row = record(tmp_path, suite, result, 1)
+    assert len(row.motions) == len(result.queries) and set(row.motions) <= set(policy.metadata["motions"])
+    append_jsonl(tmp_path / EPISODES_FILE, dataclasses.asdict(row))
+    assert read_rows(tmp_path) == {("reach-near", 0): row}
+
+
+def test_training_goes_on_with_its_motions(trained, folder):
+    before = read_spec(trained.out / "policy").motion
+    assert before is not None
+    words = ("dx=west/east", "dy=forward/backward")
+    settings = motion_settings(
+        folder, "on", steps=1, from_=str(trained.out / "policy"), language_motion=True, motion_words=words
+    )
+    sft.run(settings)
+    after = read_spec(settings.out / "policy").motion
+    assert after is not None and (after.template, after.joined) == (before.template, before.joined)
+    assert after.phrases[: len(before.phrases)] == before.phrases and any("west" in phrase for phrase in after.phrases)
+    assert rows_of(settings)[0]["motion_loss"] < rows_of(trained)[0]["motion_loss"]
 
 
 def test_resumed_exactly(folder):
@@ -296,6 +364,34 @@ def test_the_weight_scales_the_gradient_and_not_the_losses(folder):
         rows.append(rows_of(settings)[0])
     assert rows[0]["loss"] == rows[1]["loss"] and rows[0]["motion_loss"] == rows[1]["motion_loss"]
     assert rows[1]["grad_norm"] != pytest.approx(rows[0]["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(folder):
+    """With rows about images beside it, so that every loss there is has its gradients averaged."""
+    lines = []
+    for k in range(3):
+        Image.new("RGB", (20, 20), (80 * k, 0, 0)).save(folder / f"{k}.png")
+        lines.append(json.dumps({"image": f"{k}.png", "caption": f"number {k}"}))
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    both = {
+        "language_motion": True,
+        "motion_words": WORDS,
+        "vl_data": [str(folder / "rows.jsonl")],
+        "steps": 4,
+        "vl_batch_size": 1,
+    }
+    one = motion_settings(
+        folder, "one", **{**both, "vl_data": tuple(both["vl_data"]), "batch_size": 4, "vl_batch_size": 2}
+    )
+    sft.run(one)
+    run_two(folder, "ddp", {"out": "two", "changes": {**both, "batch_size": 2}})
+    for key in ("loss", "holdout_loss"):
+        found = [[row for row in read_jsonl(folder / out / "metrics.jsonl") if key in row] for out in ("one", "two")]
+        assert found[0]
+        for a, b in zip(*found, strict=True):
+            for name in {"loss", "motion_loss", "vl_loss", "holdout_loss", "holdout_motion_loss"} & set(a):
+                assert a[name] == pytest.approx(b[name], rel=2e-5 if a["step"] == 1 else 2e-3), name
 
 
 def test_workers_label_alike(folder):
@@ -381,10 +477,10 @@ def backbone(folder) -> Backbone:
 
 
 def test_any_set_of_phrases_is_said_whole(backbone):
-    from PIL import Image
-
     phrases = ("move arm forward", "move arm forward and left", "move arm", "close gripper", "hold still")
-    grammar = phrase_grammar(backbone, MotionSpec(phrases, motion_template("What action should the robot take to {instruction}")))
+    grammar = phrase_grammar(
+        backbone, MotionSpec(phrases, motion_template("What action should the robot take to {instruction}"))
+    )
     picture = Image.fromarray(np.zeros((32, 32, 3), np.uint8))
     prompts = [f"{word}?" for word in "abcdefgh"]
     said = choose_phrases(backbone, backbone.encode(prompts, [[picture]] * 8), grammar)
@@ -412,9 +508,6 @@ def test_phrases_of_the_same_tokens_are_an_error():
 
 def test_greedy_follows_the_likeliest_legal_token(backbone):
     """Against a loop that asks the model token by token."""
-    import torch
-    from PIL import Image
-
     phrases = ("move arm forward", "move arm left", "tilt arm up", "hold still")
     grammar = phrase_grammar(backbone, MotionSpec(phrases, "{instruction}"))
     inputs = backbone.encode(["which way?"], [[Image.fromarray(np.full((32, 32, 3), 90, np.uint8))]])

@@ -20,7 +20,8 @@ from test_policy import PROMPT, STATISTICS, make, observations
 from vla import merge
 from vla.backbone import TINY_PATH, load_backbone
 from vla.merge_weights import Plan, add_adapter, open_base
-from vla.policy import create_policy, load_policy
+from vla.new_policy import create_policy
+from vla.policy import load_policy
 from vla.spec import ActionSpec, ImageSpec, read_spec
 from vla.tokenizers.uniform import UniformTokenizer
 from vla.types import VlaError

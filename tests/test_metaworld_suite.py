@@ -53,9 +53,10 @@ def test_same_seed_same_bits_in_fresh_and_used_environments(env: MetaWorldEnv) -
     fresh.close()
 
 
-def test_a_renderer_that_was_given_up_draws_the_same_again(env: MetaWorldEnv) -> None:
+def test_a_renderer_that_was_given_up_draws_the_same_again(env: MetaWorldEnv, monkeypatch: pytest.MonkeyPatch) -> None:
     from vla.eval import metaworld_suite
 
+    monkeypatch.setattr(metaworld_suite, "_RENDERERS", {})  # without those of tests before
     env.render_frames = True
     before = env.reset(seed=3)[0].images[CAMERA]
     other = MetaWorldSuite(("drawer-close",), max_renderers=1).make("drawer-close")

@@ -12,10 +12,11 @@ from PIL import Image
 
 from vla.adapters import attach_lora, place_actions
 from vla.backbone import Backbone, load_backbone
+from vla.new_policy import create_policy
 from vla.openvla.config import IMAGE_TOKEN_ID
 from vla.openvla.model import place_images
 from vla.openvla.processor import OpenVlaImageProcessor
-from vla.policy import create_policy, load_policy
+from vla.policy import load_policy
 from vla.spec import ActionSpec, ImageSpec, PromptSpec
 from vla.tokenizers.grammar import free_grammar
 from vla.types import Observation, VlaError

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from vla import merge
 from vla.adapters import parameter_counts, place_actions
 from vla.backbone import load_backbone
-from vla.policy import LocalPolicy, create_policy, load_policy
+from vla.new_policy import create_policy
+from vla.policy import LocalPolicy, load_policy
 from vla.quantize import quantized_options, weight_bytes
 from vla.spec import ActionSpec, ImageSpec, PromptSpec, from_json, to_json
 from vla.tokenizers.fast import FastTokenizer

@@ -5,18 +5,17 @@ import hashlib
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from training import fake_dataset, sft_settings, tiny_backbone
+from training import fake_dataset, in_process, sft_settings, tiny_backbone
 
 from vla.card_facts import read_facts, write_facts
 from vla.files import read_jsonl
 from vla.finetune import rl, sft
+from vla.finetune.checkpoint import save_checkpoint
 from vla.policy import load_policy
 from vla.testing import FakeSuite
 from vla.types import ActionChunk, EpisodeRequest, EpisodeResult, Observation, Query, VlaError
@@ -109,26 +108,17 @@ def test_worker_processes_and_slots_change_nothing(folder, straight):
         torch.testing.assert_close(p, q, atol=1e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-import test_rl
-from vla.finetune import checkpoint, rl
-save = checkpoint.save_checkpoint
-def save_then_die(*args, **more):
-    save(*args, **more)
-    os.kill(os.getpid(), signal.SIGKILL)
-rl.save_checkpoint = save_then_die
-folder = Path({folder!r})
-rl.run(test_rl.settings(folder, out=folder / "killed"), test_rl.SUITE)
-"""
+def die_after_the_first_iteration(folder: Path) -> None:
+    def save_then_die(*args, **more):
+        save_checkpoint(*args, **more)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    rl.save_checkpoint = save_then_die
+    rl.run(settings(folder, out=folder / "killed"), SUITE)
 
 
 def test_resume_after_kill_9_is_bit_identical(folder, straight):
-    code = KILLED.format(tests=str(Path(__file__).parent), folder=str(folder))
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=os.environ)
-    assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
+    assert in_process(die_after_the_first_iteration, folder) == -signal.SIGKILL
     with pytest.raises(VlaError, match="pass --resume"):
         rl.run(settings(folder, out=folder / "killed"), SUITE)
     result = rl.run(settings(folder, out=folder / "killed", resume=True), SUITE)

@@ -1,5 +1,6 @@
 """Supervised fine-tuning: exact resume after kill -9, accumulation, frozen weights, and every refusal."""
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -16,12 +17,14 @@ from sources import ARM, ArraySource
 from test_demonstrate import LiftSuite
 from test_hdf5_reader import write as write_hdf5
 from toy_scheme import WHERE, ToyTokenizer
-from training import fake_dataset, sft_settings, tiny_backbone
+from training import fake_dataset, in_process, sft_settings, tiny_backbone
 
 from vla.files import read_jsonl
 from vla.finetune import collect, sft
+from vla.finetune.checkpoint import save_checkpoint
 from vla.finetune.formats.cache_format import CacheSettings
 from vla.finetune.formats.cache_writer import CacheWriter
+from vla.finetune.sft_batch import Batches
 from vla.finetune.sft_setup import build_policy, open_datasets
 from vla.policy import load_policy
 from vla.testing import FakeSuite
@@ -69,26 +72,18 @@ def test_loss_falls(folder):
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-from training import sft_settings
-from vla.finetune import checkpoint, sft
-save = checkpoint.save_checkpoint
-def save_then_die(folder, step, *rest, **more):
-    save(folder, step, *rest, **more)
-    if step >= 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-sft.save_checkpoint = save_then_die
-sft.run(sft_settings(Path({folder!r}), out=Path({folder!r}) / "killed"))
-"""
+def die_at_step_4(folder: Path) -> None:
+    def save_then_die(target, step, *rest, **more):
+        save_checkpoint(target, step, *rest, **more)
+        if step >= 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sft.save_checkpoint = save_then_die
+    sft.run(sft_settings(folder, out=folder / "killed"))
 
 
 def test_resume_after_kill_9_is_bit_identical(folder, straight):
-    code = KILLED.format(tests=str(Path(__file__).parent), folder=str(folder))
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
+    assert in_process(die_at_step_4, folder) == -signal.SIGKILL
     assert not (folder / "killed" / "policy").exists()
     with pytest.raises(VlaError, match="pass --resume to continue it"):
         sft.run(sft_settings(folder, out=folder / "killed"))
@@ -109,15 +104,23 @@ def test_workers_that_prepare_samples_change_nothing(folder, straight):
         sft_settings(folder, data_workers=2, skip_bad=True)
 
 
+def stop_at_step_3(folder: Path) -> None:
+    step = sft.Loop._optimizer_step
+
+    def term(self, batch):
+        row = step(self, batch)
+        if self.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return row
+
+    sft.Loop._optimizer_step = term
+    with (folder / "said.txt").open("w") as said, contextlib.redirect_stdout(said):
+        sft.run(sft_settings(folder, out=folder / "stopped"))
+
+
 def test_sigterm_saves_and_exits_0(folder, straight):
-    code = KILLED.format(tests=str(Path(__file__).parent), folder=str(folder)).replace(
-        'sft.save_checkpoint = save_then_die', 'step = sft.Loop._optimizer_step\n'
-        'def term(self, batch):\n    row = step(self, batch)\n'
-        '    if self.step == 3: os.kill(os.getpid(), signal.SIGTERM)\n    return row\n'
-        'sft.Loop._optimizer_step = term').replace('"killed"', '"stopped"')  # fmt: skip
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert process.returncode == 0, process.stderr[-2000:]
-    assert "stopped at step 3" in process.stdout
+    assert in_process(stop_at_step_3, folder) == 0
+    assert "stopped at step 3" in (folder / "said.txt").read_text()
     assert adapter_hash(sft.run(sft_settings(folder, out=folder / "stopped", resume=True))) == adapter_hash(straight)
 
 
@@ -131,6 +134,28 @@ def test_accumulating_4x1_equals_1x4(folder):
         a.backbone.model.named_parameters(), b.backbone.model.named_parameters(), strict=True
     ):
         torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("tokenizer", ["uniform", "integer_text"])
+def test_the_order_within_a_batch_changes_nothing(folder, tokenizer):
+    placement = {"tokenizer": "integer_text", "placement": "text"} if tokenizer == "integer_text" else {}
+    settings = sft_settings(folder, out=folder / "order", **placement)
+    dataset, statistics = open_datasets(settings)
+    torch.manual_seed(0)
+    policy = build_policy(settings, dataset, statistics, "cpu")
+    batches, found = Batches(settings, dataset, policy, policy.backbone.model), []
+    samples = [dataset[i] for i in (3, 15, 9, 18)]
+    for order in ((0, 1, 2, 3), (2, 0, 3, 1)):
+        policy.backbone.model.zero_grad()
+        part = batches.loss([samples[k] for k in order], *batches.targets([samples[k] for k in order]))
+        part.loss.backward()
+        grads = {n: p.grad.clone() for n, p in policy.backbone.model.named_parameters() if p.grad is not None}
+        found.append((part, order, grads))
+    (one, _, mine), (other, order, theirs) = found
+    np.testing.assert_allclose(one.figures, other.figures, rtol=1e-5)
+    assert torch.equal(one.predicted[list(order)], other.predicted) and mine.keys() == theirs.keys() != set()
+    for name in mine:
+        torch.testing.assert_close(mine[name], theirs[name], atol=1e-5, rtol=1e-4)
 
 
 def test_only_the_adapter_changes(folder):

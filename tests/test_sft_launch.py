@@ -6,17 +6,22 @@ Starting processes is most of the time here, so one launch makes several runs.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
+import shlex
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import sharding
 import yaml
+from accelerate.commands import launch
 from safetensors.torch import load_file
 from sharding import back_to
-from training import fake_dataset, sft_settings, tiny_backbone
+from training import fake_dataset, forked, sft_settings, tiny_backbone
 
 from vla.files import read_jsonl
 from vla.finetune import sft, sft_launch
@@ -39,16 +44,37 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+def launched(how: str) -> dict[str, str]:
+    """What `accelerate launch` sets in the environment of every process for a shipped file; nothing is started."""
+    after: dict[str, str] = {}
+    arguments = ["--config_file", str(LAUNCH_FILES / f"{how}.yaml"), "--main_process_port", "0", "a_script.py"]
+    with mock.patch("torch.distributed.run.run", lambda _: after.update(os.environ)):
+        launch.launch_command(launch.launch_command_parser().parse_args(arguments))
+    assert after
+    return {name: value for name, value in after.items() if os.environ.get(name) != value}
+
+
 def run_two(folder: Path, how: str, *jobs: dict) -> None:
-    """Runs of two processes on this machine, one after another; see tests/sharding.py."""
-    # Not the `accelerate` script, which imports every command it has.
-    launch = ["accelerate.commands.launch", "--config_file", str(LAUNCH_FILES / f"{how}.yaml"), "--main_process_port", "0"]
-    done = subprocess.run(
-        [sys.executable, "-m", *launch, str(TESTS / "sharding.py"), str(folder), how, *map(json.dumps, jobs)],
-        capture_output=True, text=True, timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}:{TESTS.parent}"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    """Runs of two processes on this machine, one run after another; see tests/sharding.py."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {**launched(how), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    logs = [folder / f"{how}.{rank}.log" for rank in range(2)]
+    pair = [
+        forked(sharding.process, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, log, folder, how, jobs)
+        for rank, log in enumerate(logs)
+    ]
+    end = time.monotonic() + 600
+    while (
+        any(one.exitcode is None for one in pair) and not any(one.exitcode for one in pair) and time.monotonic() < end
+    ):
+        time.sleep(0.1)
+    codes = [one.exitcode for one in pair]
+    for one in pair:
+        one.kill()  # the other would wait for long
+        one.join()
+    assert codes == [0, 0], "".join(f"{log.name}:\n{log.read_text()[-2000:]}\n" for log in logs)
 
 
 def run_one(folder: Path, out: str, changes: dict) -> Path:
@@ -68,9 +94,10 @@ def same_training(one: Path, two: Path, rel: float) -> None:
     ]
     assert len(rows[0]) > 2
     for a, b in zip(*rows, strict=True):
+        assert {name for name in a.keys() ^ b.keys() if not name.startswith("free_running_")} == set()
         # Not the accuracies: new tokens start equal, so at first the best of them is a matter of rounding.
-        for name in ("step", "loss", "lr", "epoch", "holdout_loss"):
-            assert a.get(name) == pytest.approx(b.get(name), rel=2e-5 if a["step"] == 1 else rel), name
+        for name in a.keys() & {"step", "loss", "lr", "epoch", "holdout_loss"}:
+            assert a[name] == pytest.approx(b[name], rel=2e-5 if a["step"] == 1 else rel), name
     assert rows[0][0]["grad_norm"] == pytest.approx(rows[1][0]["grad_norm"], rel=2e-5)
     same_files(one / "policy", two / "policy", rel)
     assert load_policy(two / "policy").metadata["unnorm_key"] == "fake"
@@ -97,7 +124,7 @@ CASES = {
     ),
     "full": ({"batch_size": 4, "method": "full"}, {"batch_size": 1, "grad_accumulation": 2, "method": "full"}, 2e-3),
 }  # fmt: skip
-RUN = {"steps": 4, "policy_from": "best", "free_running_samples": 4}
+RUN = {"steps": 4, "policy_from": "best", "free_running_samples": 3}
 
 
 def settings_of(case: str, how: str = "one") -> dict:
@@ -159,7 +186,9 @@ def test_fsdp_on_a_cpu_is_refused(folder, tmp_path, monkeypatch):
 def test_deepspeed_that_is_not_there(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    with pytest.raises(VlaError, match=r"a DeepSpeed launch without deepspeed; .*pip install 'vla-toolkit\[deepspeed\]'"):
+    with pytest.raises(
+        VlaError, match=r"a DeepSpeed launch without deepspeed; .*pip install 'vla-toolkit\[deepspeed\]'"
+    ):
         sft.run(sft_settings(folder, out=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
@@ -183,9 +212,45 @@ def test_deepspeed_that_would_not_do_what_it_says(folder, tmp_path, monkeypatch,
     assert not (tmp_path / "run").exists()
 
 
+def command_of(how: str) -> list[str]:
+    """What a launch file says to type."""
+    lines = [line.removeprefix("#   ") for line in (LAUNCH_FILES / f"{how}.yaml").read_text().splitlines()]
+    first = next(i for i, line in enumerate(lines) if line.startswith("accelerate launch"))
+    last = next(i for i in range(first, len(lines)) if not lines[i].endswith("\\"))
+    return shlex.split(" ".join(line.strip().removesuffix("\\") for line in lines[first : last + 1]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ddp", "fsdp2", *(pytest.param(how, marks=deepspeed) for how in ("zero2", "zero3"))])
+def test_the_commands_in_the_launch_files(folder, tmp_path, how):
+    """As written, on a CPU as they say, with settings for a small model at the end."""
+    said, small = (
+        command_of(how),
+        ["--horizon", "3", "--steps", "2", "--image-size-px", "32", "--holdout-episodes", "1"],
+    )
+    said[said.index("DATA")], said[said.index("RUN")] = str(folder / "fake"), str(tmp_path / "run")
+    said[said.index("8")] = "2"
+    # `accelerate launch` without the `accelerate` script, which imports every command it has.
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *said[2:], "--device", "cpu", "--backbone", str(folder / "llava"), *small],
+        capture_output=True, text=True, timeout=600, cwd=TESTS.parent,
+    )  # fmt: skip
+    if how == "fsdp2":
+        assert done.returncode != 0
+        assert "an FSDP launch on cpu with 2 processes; expected several GPUs" in done.stderr
+        assert not (tmp_path / "run").exists()
+    else:
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert load_policy(tmp_path / "run" / "policy").metadata["unnorm_key"] == "fake"
+
+
 def test_launch_files_are_plain():
     for path in LAUNCH_FILES.glob("*.yaml"):
-        text = path.read_text()
-        values = yaml.safe_load(text)
+        values = yaml.safe_load(path.read_text())
         assert values["mixed_precision"] == "no", "the precision is a setting of `vla finetune`"
-        assert f"accelerate launch --config_file examples/accelerate/{path.name}" in text
+        assert command_of(path.stem)[:4] == [
+            "accelerate",
+            "launch",
+            "--config_file",
+            f"examples/accelerate/{path.name}",
+        ]

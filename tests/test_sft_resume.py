@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -20,7 +19,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from training import fake_dataset, sft_settings, tiny_backbone
+from training import fake_dataset, in_process, sft_settings, tiny_backbone
 
 from vla.files import read_jsonl, write_bytes
 from vla.finetune import checkpoint, sft
@@ -86,14 +85,9 @@ def run_and_die(folder: Path, out: Path, delay_s: float) -> None:
 
 def kill_at_random(folder: Path, out: Path, kills: int, seed: int, longest_s: float) -> list[int]:
     """Kill the run so many times at random points; the steps it had come to each time."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training", "vla.finetune.sft"])
     rng, reached = random.Random(seed), []
     for _ in range(kills):
-        process = context.Process(target=run_and_die, args=(folder, out, rng.uniform(0.0, longest_s)))
-        process.start()
-        process.join(120)
-        assert process.exitcode in (-signal.SIGKILL, 0)
+        assert in_process(run_and_die, folder, out, rng.uniform(0.0, longest_s)) in (-signal.SIGKILL, 0)
         reached.append(max((row["step"] for row in read_jsonl(out / "metrics.jsonl")), default=0))
     return reached
 

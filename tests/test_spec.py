@@ -9,7 +9,8 @@ import pytest
 from families import FAMILIES
 
 from vla.model_card import model_card
-from vla.policy import create_policy, load_policy
+from vla.new_policy import create_policy
+from vla.policy import load_policy
 from vla.spec import ActionSpec, ImageSpec, PromptSpec, from_json, to_json
 from vla.tokenizers.uniform import UniformTokenizer
 from vla.types import Observation, VlaError

@@ -17,8 +17,9 @@ from vla.backbone import load_backbone
 from vla.finetune import sft
 from vla.finetune.sft_setup import build_policy, observation_of, open_datasets
 from vla.inputs import FIRST_NUMBER, number_bins, prepare_prompt
+from vla.new_policy import create_policy
 from vla.number_tokens import SLOT, NumberTokens, n_own_ids, place_numbers
-from vla.policy import LocalPolicy, create_policy, load_policy
+from vla.policy import LocalPolicy, load_policy
 from vla.spec import ActionSpec, ImageSpec, PromptSpec, check, from_json, to_json
 from vla.tokenizers.fast import FastTokenizer
 from vla.tokenizers.placement import Placement
@@ -181,7 +182,9 @@ def test_whichever_side_is_padded(tmp_path, side):
     rows = numbers.processor.tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)["input_ids"]
     spliced = numbers.put_in(rows, bins)
     assert torch.equal((spliced != rows).sum(1), torch.tensor([2, 1, 0]))
-    assert spliced[0][spliced[0] != rows[0]].tolist() == [107, 131] and spliced[1][spliced[1] != rows[1]].tolist() == [131]
+    assert spliced[0][spliced[0] != rows[0]].tolist() == [107, 131] and spliced[1][spliced[1] != rows[1]].tolist() == [
+        131
+    ]
     assert len(processor.tokenizer) == 300, "the policy's own tokenizer has not learned the slot"
 
 

@@ -46,8 +46,10 @@ def test_nothing_is_written_for_an_unknown_scheme(
 def test_compare_shows_every_scheme_and_names_what_cannot(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    UniformTokenizer(9, mode="edges").save(tmp_path)
-    schemes = ["uniform", "quantile", "fast", "integer_text", "fsq", "keyboard_mouse", str(tmp_path)]
+    saved = tmp_path / ("a folder far down" * 8)  # no room for that in a plot
+    saved.mkdir()
+    UniformTokenizer(9, mode="edges").save(saved)
+    schemes = ["uniform", "quantile", "fast", "integer_text", "fsq", "keyboard_mouse", str(saved)]
     command = ["tokenizer", "compare", str(data), "--schemes", *schemes, "--steps", "20", "--horizon", "4"]
     files = ["--json", str(tmp_path / "c.json"), "--plot", str(tmp_path / "c.png"), "--gripper-dim", "None"]
     assert cli.main([*command, *files]) == 0

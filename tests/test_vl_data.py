@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from training import fake_dataset, sft_settings, tiny_backbone
 
 from vla.files import read_jsonl
 from vla.finetune import sft
+from vla.finetune.data.order import epoch_order
 from vla.finetune.data.vl_data import PERIOD, CoTraining, Mixture, open_mixture
+from vla.finetune.data.vl_json import JsonRows, read_rows
 from vla.finetune.data.vl_rows import CAPTION_QUESTION, guess_layout, pairs_of, points_text
-from vla.finetune.data.vl_sources import JsonRows, StreamedRows, TableRows, open_vl_source, parse_address, read_rows
+from vla.finetune.data.vl_sources import StreamedRows, TableRows, open_vl_source, parse_address
 from vla.types import VlaError
 
 
@@ -181,8 +184,6 @@ def test_points_read_back():
     for n in range(1, 5):
         points = rng.random((n, 2))
         text = points_text(points, 'a "b" <c>')
-        import re
-
         found = re.findall(r'x\d*="([\d.]+)" y\d*="([\d.]+)"', text)
         np.testing.assert_allclose(np.array(found, float) / 100, points, atol=6e-4)
         assert text.count('"') == 4 * n + 2 and "<c>" not in text
@@ -216,6 +217,17 @@ def test_jsonl_of_every_layout(folder, tmp_path):
     assert source.row(1).pixels().shape == (8, 8, 3)
 
 
+def test_a_json_list_as_llavas(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a cup"}]
+    (tmp_path / "llava.json").write_text(json.dumps([{"id": "0", "image": "0.png", "conversations": turns}], indent=1))
+    assert read_rows(tmp_path / "llava.json") == [(tmp_path / "0.png", [("what?", "a cup")])]
+    for text, message in (("{}", "a JSON list of rows"), ("[", "a JSON list"), ('[{"id": 1}]', 'item 0: {"id": 1}')):
+        (tmp_path / "llava.json").write_text(text)
+        with pytest.raises(VlaError, match=message):
+            read_rows(tmp_path / "llava.json")
+
+
 # Mixing
 
 
@@ -243,7 +255,9 @@ def test_shares_are_exact_and_every_draw_comes_once_in_order():
     assert [mixture(3, 1).row(k) for k in (2500, 17, 999, 1000)] == [rows[k] for k in (2500, 17, 999, 1000)]
     assert [mixture(3, 1, seed=1).row(k) for k in range(50)] != rows[:50]
     for start in range(0, len(rows) - 16, 7):
-        assert 2 <= sum(source for source, _ in rows[start : start + 16]) <= 6  # a step of 16 has about the share as well
+        assert (
+            2 <= sum(source for source, _ in rows[start : start + 16]) <= 6
+        )  # a step of 16 has about the share as well
 
 
 def test_ranks_share_one_stream(folder):
@@ -257,7 +271,9 @@ def test_ranks_share_one_stream(folder):
         assert together == [co.mixture.row(k) for k in range(step * 24, step * 24 + 24)]
 
 
-@pytest.mark.parametrize(("weights", "message"), [((1.0, 0.0), "numbers above 0"), ((1.0,), "2 numbers"), ((1e-5, 1.0), "at least 1/1000")])
+@pytest.mark.parametrize(
+    ("weights", "message"), [((1.0, 0.0), "numbers above 0"), ((1.0,), "2 numbers"), ((1e-5, 1.0), "at least 1/1000")]
+)
 def test_bad_shares(weights, message):
     with pytest.raises(VlaError, match=message):
         mixture(*weights)
@@ -265,16 +281,25 @@ def test_bad_shares(weights, message):
 
 def test_losses_by_source(folder, tmp_path):
     Image.new("RGB", (20, 20), (9, 9, 9)).save(tmp_path / "0.png")
-    (tmp_path / "captions.jsonl").write_text(json.dumps({"image": "0.png", "caption": "a grey square, and nothing else"}))
+    (tmp_path / "captions.jsonl").write_text(
+        json.dumps({"image": "0.png", "caption": "a grey square, and nothing else"})
+    )
     both = (str(folder / "rows.jsonl"), str(tmp_path / "captions.jsonl"))
     settings = settings_of(folder, "both", steps=3, vl_data=both, vl_weights=(1.0, 3.0), vl_batch_size=16)
     sft.run(settings)
     for row in rows_of(settings):
-        assert min(row["vl_loss/rows"], row["vl_loss/captions"]) <= row["vl_loss"] <= max(row["vl_loss/rows"], row["vl_loss/captions"])
+        assert (
+            min(row["vl_loss/rows"], row["vl_loss/captions"])
+            <= row["vl_loss"]
+            <= max(row["vl_loss/rows"], row["vl_loss/captions"])
+        )
         assert 0 <= row["vl_token_accuracy/captions"] <= 1
     with pytest.raises(VlaError, match="1 vl_weights for 2 of vl_data"):
         settings_of(folder, "no", vl_data=both, vl_weights=(1.0,))
-    assert [s.name for s in open_mixture(settings_of(folder, "no", vl_data=(both[0], both[0]))).sources] == ["rows", "rows-2"]
+    assert [s.name for s in open_mixture(settings_of(folder, "no", vl_data=(both[0], both[0]))).sources] == [
+        "rows",
+        "rows-2",
+    ]
 
 
 # The `datasets` library
@@ -285,6 +310,7 @@ def hf(tmp_path_factory) -> Any:
     datasets = pytest.importorskip("datasets", reason="needs the extra [datasets]")
     patch = pytest.MonkeyPatch()
     patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    patch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.2)  # seconds, at the end of each walk
     datasets.disable_progress_bars()
     yield datasets
     patch.undo()
@@ -317,7 +343,11 @@ def test_parquet_files_and_folders(hf, tmp_path):
         source = open_vl_source(str(tmp_path / place), seed=3)
         assert isinstance(source, TableRows) and source.name == Path(place).stem
         rows = [source.row(k) for k in range(12)]
-        assert sorted(row.answer for row in rows[:6]) == sorted(answers()["answer"]) == sorted(row.answer for row in rows[6:])
+        assert (
+            sorted(row.answer for row in rows[:6])
+            == sorted(answers()["answer"])
+            == sorted(row.answer for row in rows[6:])
+        )
         assert [row.answer for row in rows[:6]] != [row.answer for row in rows[6:]]
         for row in rows:
             assert row.question == f"what is {row.answer.split()[1]}?"
@@ -332,7 +362,9 @@ def test_parquet_files_and_folders(hf, tmp_path):
 def test_columns_are_guessed_or_named_or_listed(hf, tmp_path):
     made = table(hf, column="photo", ask=["q"] * 6, reply=["a"] * 6, width=[3] * 6)
     made.save_to_disk(str(tmp_path / "odd"))
-    with pytest.raises(VlaError, match=r"columns photo \(Image\), ask \(string\), reply \(string\), width \(Value\).*#image=COLUMN&"):
+    with pytest.raises(
+        VlaError, match=r"columns photo \(Image\), ask \(string\), reply \(string\), width \(Value\).*#image=COLUMN&"
+    ):
         open_vl_source(str(tmp_path / "odd"), 0)
     named = f"{tmp_path / 'odd'}#question=ask&answer=reply"  # the only picture is the image
     assert (open_vl_source(named, 0).row(0).question, open_vl_source(named, 0).row(0).answer) == ("q", "a")
@@ -347,9 +379,13 @@ def test_columns_are_guessed_or_named_or_listed(hf, tmp_path):
 def test_layouts_of_the_hub(hf, tmp_path):
     turns = [[{"from": "human", "value": "<image> what?"}, {"from": "gpt", "value": f"number {k}"}] for k in range(2)]
     table(hf, 2, conversations=turns).save_to_disk(str(tmp_path / "llava"))
-    lists = hf.Dataset.from_dict({"images": [[picture(k)] for k in range(2)], "texts": [[{"user": "u", "assistant": "a"}]] * 2})
+    lists = hf.Dataset.from_dict(
+        {"images": [[picture(k)] for k in range(2)], "texts": [[{"user": "u", "assistant": "a"}]] * 2}
+    )
     lists.cast_column("images", hf.List(hf.Image())).save_to_disk(str(tmp_path / "cauldron"))
-    points = table(hf, 2, label=["cup"] * 2, points=[[{"x": 5.0, "y": 6.0}], [{"x": 7.0, "y": 8.0}, {"x": 1.0, "y": 2.0}]])
+    points = table(
+        hf, 2, label=["cup"] * 2, points=[[{"x": 5.0, "y": 6.0}], [{"x": 7.0, "y": 8.0}, {"x": 1.0, "y": 2.0}]]
+    )
     points.save_to_disk(str(tmp_path / "points"))
     captions = table(hf, 2, captions=[["one", "two"]] * 2)
     captions.save_to_disk(str(tmp_path / "captions"))
@@ -365,7 +401,9 @@ def test_layouts_of_the_hub(hf, tmp_path):
 def test_rows_without_an_image_are_named(hf, tmp_path):
     made = hf.Dataset.from_dict({"image": [picture(0), None], "caption": ["a", "b"]}).cast_column("image", hf.Image())
     made.save_to_disk(str(tmp_path / "gap"))
-    source = open_vl_source(str(tmp_path / "gap"), 1) if _first_is(2, 1, 0) else open_vl_source(str(tmp_path / "gap"), 0)
+    source = (
+        open_vl_source(str(tmp_path / "gap"), 1) if _first_is(2, 1, 0) else open_vl_source(str(tmp_path / "gap"), 0)
+    )
     with pytest.raises(VlaError, match="gap row 1: no image; expected one image a row"):
         [source.row(k) for k in range(2)]
     two = hf.Dataset.from_dict({"images": [[picture(0), picture(1)]], "caption": ["a"]})
@@ -379,8 +417,6 @@ def test_rows_without_an_image_are_named(hf, tmp_path):
 
 
 def _first_is(n: int, seed: int, row: int) -> bool:
-    from vla.finetune.data.chunks import epoch_order
-
     return int(epoch_order(n, seed, 0)[0]) == row
 
 
@@ -413,7 +449,8 @@ def test_the_hub_is_read_as_a_stream(hub):
     assert rows[5].pixels().shape == (10, 12, 3)
     later = open_vl_source("hf:owner/name", seed=0)
     assert [later.row(k).answer for k in (70, 75, 3)] == [rows[k].answer for k in (70, 75, 3)]
-    assert [open_vl_source("hf:owner/name", seed=1).row(k).answer for k in range(60)] != first
+    other = open_vl_source("hf:owner/name", seed=1)
+    assert [other.row(k).answer for k in range(60)] != first
 
 
 def test_training_on_a_stream_resumes_exactly(folder, hub):

@@ -17,6 +17,7 @@ from torch import nn
 from vla.backbone import Backbone
 from vla.fold_norms import unfold_norms
 from vla.kbit import is_packed, packed_numel, quantize_linears
+from vla.lean_lora import lean_lora
 from vla.token_rows import lean_token_rows
 from vla.tokenizers.integer_text import character_ids
 from vla.tokenizers.placement import Placement
@@ -237,6 +238,7 @@ def attach_lora(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     lean_token_rows(backbone.model)
+    lean_lora(backbone.model)
     backbone.model.eval()
 
 

@@ -19,7 +19,7 @@ from vla.card_facts import METRICS_FILE, Facts, clean_command, read_facts, run_f
 from vla.eval.results import EvalResult, Tally, read_result
 from vla.files import write_text
 from vla.model_card import is_hub_id, model_card
-from vla.policy import STATISTICS_FILE, read_statistics
+from vla.policy_files import STATISTICS_FILE, read_statistics
 from vla.spec import read_spec
 from vla.types import problem
 

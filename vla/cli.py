@@ -12,8 +12,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -123,6 +125,7 @@ PROGRAMS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    _hush_libraries()
     again, continues = "run the same command again", False
     try:
         if not argv or argv[0] in ("-h", "--help"):
@@ -193,6 +196,12 @@ def call(program: Program, settings: Any) -> Any:
     """Run a program with what it needs."""
     run = getattr(importlib.import_module(program.module), program.run)
     return _CALLS[program.needs](run, settings)
+
+
+def _hush_libraries() -> None:
+    """What libraries say of one another, in every run, that no user can act on."""
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT asks transformers
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional kernel is not installed
 
 
 def _run_alone(run: Callable[..., Any], settings: Any) -> Any:

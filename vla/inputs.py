@@ -78,8 +78,8 @@ def prepare_images(observation: Observation, spec: ImageSpec) -> list[Image.Imag
 
 def number_bins(values: np.ndarray, low: Sequence[float], high: Sequence[float], n_bins: int) -> np.ndarray:
     """float (..., D) -> int64 (..., D) in 0..n_bins-1, clipped to the bounds of each dimension."""
-    low, high = np.asarray(low), np.asarray(high)
-    share = (values - low) / np.maximum(high - low, 1e-8)
+    least, most = np.asarray(low), np.asarray(high)
+    share = (values - least) / np.maximum(most - least, 1e-8)
     return np.clip(np.floor(share * n_bins), 0, n_bins - 1).astype(np.int64)
 
 

@@ -16,13 +16,11 @@ import numpy as np
 import torch
 
 from vla.backbone import Backbone
-from vla.motion_spec import MotionSpec
+from vla.motion_spec import MotionSpec, check_said
 from vla.spec import PolicySpec, PromptSpec
 from vla.tokenizers.grammar import IdGrammar
 from vla.tokenizers.placement import Placement
 from vla.types import Observation, VlaError, problem
-
-MAX_MOTION_CHARS = 1000
 
 
 def asked(observation: Observation, spec: PolicySpec) -> tuple[Observation, PromptSpec]:
@@ -50,17 +48,16 @@ def motion_query(observation: Observation) -> Observation:
 
 
 def with_motions(
-    observations: Sequence[Observation], motion: MotionSpec, choose: Callable[[list[Observation]], list[str]]
+    observations: Sequence[Observation], choose: Callable[[list[Observation]], list[str]]
 ) -> list[Observation]:
     """Each observation with the motion to act by: the one it carries, e.g. a person's correction, else what `choose` says.
 
     Raises:
         VlaError: a motion that is not one line of text.
     """
-    for given in (observation.motion for observation in observations if observation.motion):
-        if len(given) > MAX_MOTION_CHARS or not given.isprintable() or not given.strip():
-            raise problem(f"motion {given[:40]!r}", f"one line of up to {MAX_MOTION_CHARS} characters, such as "
-                          f"{motion.phrases[0]!r}", "correct it, or leave it out")  # fmt: skip
+    for observation in observations:
+        if observation.motion:
+            check_said(observation.motion)
     open_ = [observation for observation in observations if not observation.motion]
     chosen = iter(choose(open_) if open_ else [])
     return [o if o.motion else dataclasses.replace(o, motion=next(chosen)) for o in observations]

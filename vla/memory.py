@@ -21,8 +21,9 @@ from vla.memory_probe import ACTIVATIONS, GRADIENTS, INPUTS, LOGITS, Allocations
 from vla.token_rows import only_rows
 
 GB = 1e9
-WEIGHTS, PACKED, SCALES, TRAINED, OPTIMIZER = (
+WEIGHTS, PACKED, SCALES, TRAINED, OPTIMIZER, UPDATE = (
     "frozen weights", "4-bit weights", "scales of 4-bit weights", "adapters or trained weights", "optimizer state",
+    "update of the largest weight",
 )  # fmt: skip
 
 
@@ -59,7 +60,8 @@ def static_parts(model: nn.Module) -> dict[str, int]:
 
 def estimate(
     backbone: Backbone, make_inputs: Callable[[], dict[str, torch.Tensor]], token_ids: torch.Tensor, *,
-    only_ids: torch.Tensor | None, autocast: torch.dtype | None, optimizer_bytes: int, passes: int = 1, head: str = "",
+    only_ids: torch.Tensor | None, autocast: torch.dtype | None, optimizer_bytes: int, update_bytes: int = 0, passes: int = 1,
+    head: str = "",
 ) -> MemoryEstimate:  # fmt: skip
     """Peak of a training step: cross-entropy of `token_ids` over the vocabulary, or over `only_ids`.
 
@@ -68,6 +70,7 @@ def estimate(
         token_ids: int64 (B, T), on the CPU.
         autocast: precision of the forward pass, None for the weights' own.
         optimizer_bytes: state of the optimiser.
+        update_bytes: what its step takes besides, when all activations are gone.
         passes: forward passes per optimiser step.
         head: `vla.spec.HeadSpec.kind`; all T actions then come from one pass, and those of l1 have the L1 loss.
     """
@@ -94,13 +97,13 @@ def estimate(
 
     counted = trace(backbone.model, loss, passes)
     moving = {part: counted.at_peak[part] for part in (GRADIENTS, ACTIVATIONS, LOGITS, INPUTS)}
-    return _highest(static_parts(backbone.model), optimizer_bytes, moving)
+    return _highest(static_parts(backbone.model), optimizer_bytes, update_bytes, moving)
 
 
-def _highest(static: dict[str, int], optimizer_bytes: int, moving: dict[str, int]) -> MemoryEstimate:
-    """The peak is in the passes, or after them, when there are only the gradients."""
-    if sum(moving.values()) < static[TRAINED]:
-        moving = {**dict.fromkeys(moving, 0), GRADIENTS: static[TRAINED]}
+def _highest(static: dict[str, int], optimizer_bytes: int, update_bytes: int, moving: dict[str, int]) -> MemoryEstimate:
+    """The peak is in the passes, or after them, when there are the gradients and what the optimiser needs for its step."""
+    if sum(moving.values()) < static[TRAINED] + update_bytes:
+        moving = {**dict.fromkeys(moving, 0), GRADIENTS: static[TRAINED], UPDATE: update_bytes}
     return MemoryEstimate({**static, OPTIMIZER: optimizer_bytes, **moving})
 
 

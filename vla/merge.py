@@ -33,7 +33,8 @@ from vla.hub_policy import backbone_folder, policy_folder
 from vla.merge_check import Probe, compare, probe, probe_logits
 from vla.merge_weights import ADAPTER_FILE, Plan, add_adapter, grow, open_base
 from vla.model_card import model_card
-from vla.policy import STATISTICS_FILE, library_versions, load_policy, read_statistics
+from vla.policy import load_policy
+from vla.policy_files import STATISTICS_FILE, library_versions, read_statistics
 from vla.progress import Progress
 from vla.spec import FILE, FORMAT_VERSION, HEAD_FOLDER, TOKENIZER_FOLDER, PolicySpec, read_spec, read_tokenizer, to_json
 from vla.tokenizers.placement import Placement

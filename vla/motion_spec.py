@@ -8,6 +8,7 @@ from vla.types import problem
 
 ACTION_WORDS = "What action should the robot take to {instruction}"
 MOTION_WORDS = "What motion should the robot make to {instruction}"
+MAX_MOTION_CHARS = 1000
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,13 @@ def check_motion(motion: MotionSpec, template: str) -> None:
                           "correct `motion.template`")  # fmt: skip
     if "{instruction}" not in motion.joined or "{motion}" not in motion.joined:
         raise problem(f"joined {motion.joined!r}", "{instruction} and {motion} in it", "correct `motion.joined`")
+
+
+def check_said(motion: str) -> None:
+    """VlaError unless a motion that somebody says is one line of text."""
+    if len(motion) > MAX_MOTION_CHARS or not motion.isprintable() or not motion.strip():
+        raise problem(f"motion {motion[:40]!r}", f"one line of up to {MAX_MOTION_CHARS} characters, such as 'move arm up'",
+                      "correct it, or leave it out")  # fmt: skip
 
 
 def motion_template(template: str) -> str:

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,56 +13,34 @@ import torch
 from peft import PeftModel
 
 from vla.adapters import (
-    ALL_LINEAR,
-    AddedInit,
-    LoraInit,
-    Method,
-    PlacementKind,
     add_action_tokens,
-    chosen_parts,
-    load_dtype,
-    make_trainable,
     parameter_counts,
-    place_actions,
     quantize_base,
 )
 from vla.backbone import DTYPES, Backbone, fingerprint, load_backbone
-from vla.files import swap_folder, write_json, write_text
 from vla.hub_policy import policy_folder
 from vla.inputs import prepare_images, prepare_prompt
 from vla.kbit import require_bitsandbytes
 from vla.language_motion import asked, choose_phrases, phrase_grammar, with_motions
-from vla.model_card import model_card
+from vla.lean_lora import lean_lora
 from vla.normalize import ActionNormalizer, Statistics, action_normalizer, choose_key, gripper_to_robot
-from vla.number_tokens import check_number_ids, n_own_ids, place_numbers
 from vla.openvla import oft_policy
+from vla.policy_files import STATISTICS_FILE, read_statistics, save_policy
 from vla.quantize import quantize_loaded, quantized_options, weight_bytes
 from vla.spec import (
     FILE,
-    FORMAT_VERSION,
     HEAD_FOLDER,
-    TOKENIZER_FOLDER,
-    ActionSpec,
-    BackboneSpec,
-    HeadSpec,
     ImageSpec,
     PolicySpec,
-    PromptSpec,
-    TokenSpec,
     read_spec,
     read_tokenizer,
-    to_json,
 )  # fmt: skip
 from vla.token_rows import lean_token_rows
 from vla.tokenizers.chunk_codec import ActionCodec
-from vla.tokenizers.grammar import FixedGrammar, IdGrammar
+from vla.tokenizers.grammar import IdGrammar
 from vla.tokenizers.placement import Placement
 from vla.tokenizers.protocol import PAD, ActionTokenizer
-from vla.tokenizers.schemes import scheme_of
-from vla.tokenizers.uniform import UniformTokenizer
 from vla.types import ActionChunk, Observation, VlaError, problem
-
-STATISTICS_FILE = "dataset_statistics.json"
 
 
 class LocalPolicy:
@@ -161,9 +135,7 @@ class LocalPolicy:
         """Each observation with the language motion to act by; as they are, for a policy without."""
         if self.spec.motion is None:
             return observations
-        return with_motions(
-            observations, self.spec.motion, lambda rows: choose_phrases(self.backbone, self.encode(rows), self.phrases)
-        )
+        return with_motions(observations, lambda rows: choose_phrases(self.backbone, self.encode(rows), self.phrases))
 
     @cached_property
     def phrases(self) -> IdGrammar:
@@ -217,117 +189,10 @@ class LocalPolicy:
             refer: weights that are those at `spec.backbone.source` are not copied.
             weights: parameters by name, instead of the model's own, where those are sharded over processes.
         """
-        peft = isinstance(self.backbone.model, PeftModel)
-        kind = "adapter" if peft else "base" if refer else "merged"
-        entry = {"stage": stage, "settings": json.loads(json.dumps(settings, default=str))}
-        spec = dataclasses.replace(
-            self.spec, backbone=dataclasses.replace(self.spec.backbone, weights=kind), versions=library_versions(),
-            format_version=FORMAT_VERSION, provenance=(*self.spec.provenance, entry),
+        save_policy(
+            folder, self.spec, self.backbone, self.statistics, self.codec.tokenizer, stage=stage, settings=settings, refer=refer,
+            weights=weights,
         )  # fmt: skip
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            temporary.mkdir(parents=True)
-            self._write(temporary, spec, refer, weights)
-            swap_folder(temporary, folder)
-        except BaseException:  # a full disk should not be fuller afterwards
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-
-    def _write(self, folder: Path, spec: PolicySpec, refer: bool, weights: dict[str, torch.Tensor] | None) -> None:
-        """The files of a policy directory, into an empty folder."""
-        peft = isinstance(self.backbone.model, PeftModel)
-        self.backbone.processor.save_pretrained(folder / "processor")
-        self.backbone.processor.tokenizer.save_pretrained(folder / "tokenizer")
-        if peft:
-            self.backbone.model.save_pretrained(folder / "adapter", save_embedding_layers=False, state_dict=weights)
-            (folder / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is one level up
-        elif not refer:
-            self.backbone.model.save_pretrained(folder / "model", state_dict=self._base_weights(spec) or weights)
-            self.backbone.processor.save_pretrained(folder / "model")
-            if self.backbone.config.model_type == "openvla":  # where its authors' code looks for them
-                write_json(folder / "model" / STATISTICS_FILE, self.statistics)
-        if spec.head is not None:
-            from vla.openvla.oft_model import write_parts
-
-            write_parts(folder / HEAD_FOLDER, self.backbone.model, weights)
-        (folder / TOKENIZER_FOLDER).mkdir()
-        self.codec.tokenizer.save(folder / TOKENIZER_FOLDER)
-        write_json(folder / STATISTICS_FILE, self.statistics)
-        write_json(folder / FILE, to_json(spec))
-        write_text(folder / "README.md", model_card(spec, self.statistics))
-
-
-    def _base_weights(self, spec: PolicySpec) -> dict[str, torch.Tensor] | None:
-        """The model's weights without those of a head, which have files of their own; None without a head."""
-        if spec.head is None:
-            return None
-        from vla.openvla.oft_model import without_parts
-
-        return without_parts(self.backbone.model)
-
-
-def library_versions() -> dict[str, str]:
-    """Installed versions of what can change results."""
-    found = {}
-    for name in ("vla-toolkit", "torch", "transformers", "peft", "timm", "numpy", "pillow", "mujoco", "metaworld"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def create_policy(
-    source: str, *, name: str, action: ActionSpec, image: ImageSpec, prompt: PromptSpec, statistics: Statistics,
-    tokenizer: ActionTokenizer | None = None, placement: PlacementKind = "added", skip: int = 0, added_init: AddedInit = "mean", unnorm_key: str | None = None,
-    lora_r: int = 32, lora_alpha: int = 16, lora_dropout: float = 0.0,
-    lora_parts: Collection[str] = ("llm", "projector"), method: Method = "lora", device: str = "cpu", dtype: str = "float32",
-    lora_init: LoraInit = "kaiming", head: HeadSpec | None = None,
-) -> LocalPolicy:  # fmt: skip
-    """A new policy: a pretrained VLM, extended with action tokens, with a fresh LoRA adapter that trains.
-
-    Args:
-        tokenizer: the action tokenizer, fitted; default: 256 uniform bins.
-        skip: ids left out at the end of the vocabulary, for the placement `tail`.
-        lora_parts: parts of the model that train: llm, projector, vision, or all; `vla.adapters.ALL_LINEAR` leaves action
-            ids that the model had already without trained rows of their own.
-        method: what trains there (`vla.adapters.Method`). `full` has no adapter.
-        dtype: of frozen weights, and what those of qlora are computed in. What trains is float32.
-        head: its parts are new, and train whole. No vocabulary rows train then, as in OpenVLA-OFT.
-    """
-    chosen_parts(lora_parts)
-    if method == "qlora":
-        require_bitsandbytes("method qlora")
-    tokenizer = tokenizer or UniformTokenizer()
-    grammar = tokenizer.grammar(action.horizon, action.dim)
-    if added_init == "numbers" and not (isinstance(grammar, FixedGrammar) and grammar.per_dimension):
-        raise problem("added_init 'numbers' for symbols that are no numbers", "a scheme of one token per dimension",
-                      "use added_init 'mean'")  # fmt: skip
-    backbone = load_backbone(source, dtype=load_dtype(method, dtype), device="cpu" if method == "qlora" else device)
-    base = BackboneSpec(
-        source, backbone.config.model_type, "adapter", None, fingerprint(backbone.model),
-        quantization="nf4" if method == "qlora" else "none",
-    )  # fmt: skip
-    n_symbols, n_own = tokenizer.vocab_size, n_own_ids(prompt, tokenizer.vocab_size, grammar)
-    check_number_ids(prompt, n_own, placement, added_init)
-    placed, n_added = place_actions(backbone, placement, n_symbols + n_own, added_init, skip)
-    placed_actions, prompt = place_numbers(prompt, placed, n_symbols)
-    tokens = TokenSpec(scheme_of(tokenizer), n_symbols, placed_actions.save(), n_added, added_init)
-    make_trainable(
-        backbone, method, dtype=DTYPES[dtype], device=device, r=lora_r, alpha=lora_alpha, dropout=lora_dropout, parts=lora_parts,
-        train_ids=() if head is not None or (ALL_LINEAR in lora_parts and not n_added) else placed.ids, init=lora_init,
-    )  # fmt: skip
-    spec = PolicySpec(name, base, action, image, prompt, tokens, unnorm_key, head=head)
-    if head is not None:
-        if n_added:
-            raise problem(f"placement {placement!r} with parallel decoding", "action tokens that the model has: none train",
-                          "use --placement tail")  # fmt: skip
-        from vla.openvla.oft_model import train_new_parts
-
-        train_new_parts(backbone.model, head, action.dim)
-    # With several datasets whoever loads the policy must choose; until then it acts by the first.
-    return LocalPolicy(spec, backbone, statistics, tokenizer, unnorm_key=unnorm_key or next(iter(statistics)))
 
 
 def load_policy(
@@ -386,6 +251,7 @@ def load_policy(
         try:
             backbone.model = PeftModel.from_pretrained(backbone.model, str(weights), is_trainable=trainable).eval()
             lean_token_rows(backbone.model)
+            lean_lora(backbone.model)
         except Exception as error:  # safetensors, JSON, shape and key errors have no common base
             raise VlaError(f"{weights} cannot be loaded onto {source}: {error}; expected the adapter this policy was "
                            "saved with; fix: restore the folder from a copy") from error  # fmt: skip
@@ -398,13 +264,3 @@ def load_policy(
     return LocalPolicy(
         spec, backbone, statistics, tokenizer, unnorm_key=unnorm_key, temperature=temperature, quantization=done
     )
-
-
-def read_statistics(path: Path) -> Statistics:
-    if not path.is_file():
-        raise problem(f"no {path.name} in {path.parent}", "the statistics the policy was trained with",
-                      "restore the file; without it actions have no units")  # fmt: skip
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise problem(f"{path}: {error}", "JSON", "restore the file from a copy of the policy") from error

@@ -10,13 +10,13 @@ frame stands in the stream is arithmetic then too.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from vla.finetune.data.camera_map import camera_map, policy_name
+from vla.finetune.data.image_cache import decode_all
 from vla.finetune.data.order import epoch_order, windowed_order
 from vla.finetune.formats.source import FrameSource, Unreachable
 from vla.types import VlaError, problem
@@ -108,7 +108,8 @@ class ChunkDataset:
         self._order: tuple[int, np.ndarray] | None = None  # the epoch at hand
         self._files = [self._file_bounds(s) for s in range(len(self.sources))] if window else []
         self._draws = self._draws_per_epoch(weights, balance)
-        self._cache = self._decode_all() if cache_images else None
+        bad = self.bad_frames if skip_bad else None
+        self._cache = decode_all(self.sources, self._keys, self._decode, bad) if cache_images else None
 
     def __len__(self) -> int:
         """Training samples: one per frame that is not held out."""
@@ -295,43 +296,6 @@ class ChunkDataset:
         found = self.sources[source][1].images(frame, tuple(dict.fromkeys(keys.values())))
         return {camera: found[key] for camera, key in keys.items()}
 
-    def _decode_all(self) -> list[dict[str, np.ndarray]]:
-        """For each source, camera -> uint8 (its frames, height, width, 3)."""
-        shapes = [{camera: (len(source), *source.image_shape(key)) for camera, key in keys.items()}
-                  for (_, source), keys in zip(self.sources, self._keys, strict=True)]  # fmt: skip
-        needed = sum(int(np.prod(shape)) for by_camera in shapes for shape in by_camera.values())
-        free = _available_bytes()
-        if needed > 0.8 * free:
-            raise problem(f"{needed / 2**30:.1f} GiB of images to cache", f"at most 80 % of the {free / 2**30:.1f} GiB free",
-                          "pass --no-cache-images, or set cache_images to False")  # fmt: skip
-        cache = [{camera: np.empty(shape, np.uint8) for camera, shape in by_camera.items()} for by_camera in shapes]
-        for s, (_, source) in enumerate(self.sources):
-            for frame in range(len(source)):
-                try:
-                    found = self._decode(s, frame)
-                    _check_shapes(found, cache[s], f"frame {frame} of {source.where}")
-                except Unreachable:
-                    raise
-                except VlaError as error:
-                    if not self.skip_bad:
-                        raise
-                    self.bad_frames[s, frame] = str(error)
-                    continue
-                for camera, image in found.items():
-                    cache[s][camera][frame] = image
-        return cache
-
-
-def _check_shapes(images: dict[str, np.ndarray], cache: dict[str, np.ndarray], where: str) -> None:
-    for camera, image in images.items():
-        if image.shape != cache[camera].shape[1:]:
-            raise problem(f"{where}: camera {camera!r} of shape {image.shape}", f"{cache[camera].shape[1:]}",
-                          "leave the episode out, or pass --no-cache-images")  # fmt: skip
-
 
 def _unchanged(actions: np.ndarray) -> np.ndarray:
     return actions
-
-
-def _available_bytes() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -69,7 +69,8 @@ def run(settings: Settings) -> FrameSource:
     console.print(ranges_table(entry, source.action_names))
     if settings.motions:
         rule = MotionRule(settings.motions, delta=settings.delta, words=settings.motion_words)
-        console.print(motions_table(label_frames(source, rule, gripper_convention=settings.gripper_convention), settings.motions))
+        labels = label_frames(source, rule, gripper_convention=settings.gripper_convention)
+        console.print(motions_table(labels, settings.motions))
     if settings.out is not None:
         write_text(settings.out, inspect_page(source, settings.samples, settings.rotation_deg))
         print(f"page: {settings.out}")

@@ -212,9 +212,7 @@ def _codes(speed: np.ndarray, threshold: float) -> np.ndarray:
     return np.where(np.abs(fastest) >= threshold, 2 * order + np.where(fastest > 0, 1, 2), 0)
 
 
-def _gripper_codes(
-    command: np.ndarray, dim: int, starts: np.ndarray, stops: np.ndarray, lookahead: int
-) -> np.ndarray:
+def _gripper_codes(command: np.ndarray, dim: int, starts: np.ndarray, stops: np.ndarray, lookahead: int) -> np.ndarray:
     """int64 (N,): as `_codes`, where the command rises or falls by half its range or more from the step before a frame to the
     last one looked at."""
     here = np.arange(len(command))

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from vla.finetune.data.vl_rows import VlRow
-from vla.finetune.data.vl_sources import VlSource, open_vl_source
+from vla.finetune.data.vl_rows import VlRow, VlSource
+from vla.finetune.data.vl_sources import open_vl_source
 from vla.finetune.sft_batch import sum_over_ranks
 from vla.finetune.sft_launch import accumulating
 from vla.finetune.sft_settings import Settings
@@ -41,11 +41,13 @@ class Mixture:
     def __init__(self, sources: Sequence[VlSource], weights: Sequence[float], seed: int) -> None:
         share = np.array(weights or [1.0] * len(sources), np.float64)
         if share.shape != (len(sources),) or not np.isfinite(share).all() or (share <= 0).any():
-            raise problem(f"vl_weights {list(weights)}", f"{len(sources)} numbers above 0, one per source", "correct --vl-weights")
+            raise problem(f"vl_weights {list(weights)}", f"{len(sources)} numbers above 0, one per source",
+                          "correct --vl-weights")  # fmt: skip
         self.sources, self.seed = list(sources), seed
         exact = PERIOD * share / share.sum()
         self._quota = np.floor(exact).astype(np.int64)
-        self._quota[np.argsort(self._quota - exact, kind="stable")[: PERIOD - self._quota.sum()]] += 1  # largest remainders
+        largest_remainders = np.argsort(self._quota - exact, kind="stable")[: PERIOD - self._quota.sum()]
+        self._quota[largest_remainders] += 1
         if not self._quota.all():
             raise problem(f"vl_weights {list(weights)}", f"shares of at least 1/{PERIOD}", "raise the smallest")
         self._block: tuple[int, np.ndarray, np.ndarray] | None = None

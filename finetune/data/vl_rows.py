@@ -22,6 +22,7 @@ and "There are none." for no point; without a label, `alt` and the text inside a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -51,6 +52,21 @@ class VlRow:
     """Decodes the image: uint8 (height, width, 3) RGB. VlaError if it is none."""
     question: str
     answer: str
+
+
+class VlSource(ABC):
+    """An endless stream of rows."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @abstractmethod
+    def row(self, draw: int) -> VlRow:
+        """The row of draw number `draw`, counted from 0. A stream that is far away is fast only where draws ascend.
+
+        Raises:
+            VlaError: a row that says no question and answer, or has no image.
+        """
 
 
 @dataclass(frozen=True)
@@ -134,7 +150,9 @@ def _first(wanted: Sequence[str], names: Sequence[str]) -> str | None:
 
 
 def _wrong(row: Mapping[str, Any], where: str) -> VlaError:
-    shown = str({name: value for name, value in row.items() if isinstance(value, str | int | float | list | type(None))})
+    shown = str(
+        {name: value for name, value in row.items() if isinstance(value, str | int | float | list | type(None))}
+    )
     return problem(f"{where}: {shown[:120]}", "image, question and answer, texts that are not empty", "correct the row, or leave it out")  # fmt: skip
 
 
@@ -199,7 +217,9 @@ def _turns(messages: Sequence[Pair], where: str) -> list[Pair]:
     found = []
     for k, (role, text) in enumerate(messages):
         if role != ("user" if k % 2 == 0 else "assistant"):
-            raise problem(f"{where}: turn {k + 1} of {role}", "user and assistant in turn", "correct the row, or leave it out")
+            raise problem(
+                f"{where}: turn {k + 1} of {role}", "user and assistant in turn", "correct the row, or leave it out"
+            )
         if role == "assistant":
             found.append(("\n".join(said for _, said in messages[:k] if said), text))
     return found

@@ -1,6 +1,6 @@
 """Where vision-language rows come from: JSONL files beside their images, and datasets of the `datasets` library.
 
-    rows.jsonl                                       one row a line; images are paths from the file's folder
+    rows.jsonl                                       one row a line, or .json: a list; images are paths from its folder
     hf:OWNER/NAME@REVISION#split=train               a dataset on the Hub, read as a stream
     FOLDER#split=train&image=picture                 one that is here: `save_to_disk`, parquet, or a folder as on the Hub
     FILE.parquet#question=ask&answer=reply
@@ -12,9 +12,6 @@ A source is an endless stream of draws, in an order that depends on the seed alo
 from __future__ import annotations
 
 import contextlib
-import io
-import json
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +19,11 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from vla.finetune.data.chunks import epoch_order
-from vla.finetune.data.vl_rows import ANSWERS, CAPTIONS, IMAGES, Layout, VlRow, guess_layout, pairs_of
+from vla.finetune.data.order import epoch_order
+from vla.finetune.data.vl_json import JsonRows
+from vla.finetune.data.vl_rows import ANSWERS, CAPTIONS, IMAGES, Layout, VlRow, VlSource, guess_layout, pairs_of
 from vla.types import VlaError, problem
 
 NEEDS_DATASETS = "pip install 'vla-toolkit[datasets]'"
@@ -48,7 +46,8 @@ class Address:
     @property
     def name(self) -> str:
         """What its figures are called."""
-        return Path(self.place).stem if Path(self.place).suffix in (".jsonl", ".json", ".parquet") else Path(self.place).name
+        path = Path(self.place)
+        return path.stem if path.suffix in (".jsonl", ".json", ".parquet") else path.name
 
 
 def parse_address(text: str) -> Address:
@@ -58,28 +57,15 @@ def parse_address(text: str) -> Address:
     options = dict(parse_qsl(tail, keep_blank_values=True))
     wrong = [name for name, value in options.items() if name not in OPTIONS or not value]
     if wrong or bool(tail) != bool(options):
-        raise problem(f"{text!r} with {', '.join(wrong) or tail}", f"#NAME=VALUE&... of {', '.join(OPTIONS)}", "correct --vl-data")
+        raise problem(
+            f"{text!r} with {', '.join(wrong) or tail}", f"#NAME=VALUE&... of {', '.join(OPTIONS)}", "correct --vl-data"
+        )
     revision = None
     if remote:
         place, _, revision = place.partition("@")
         if place.count("/") != 1 or not all(place.split("/")):
             raise problem(f"{text!r}", "hf:OWNER/NAME", "correct --vl-data")
     return Address(text, place, remote, revision or None, options)
-
-
-class VlSource(ABC):
-    """An endless stream of rows."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    @abstractmethod
-    def row(self, draw: int) -> VlRow:
-        """The row of draw number `draw`, counted from 0. A stream that is far away is fast only where draws ascend.
-
-        Raises:
-            VlaError: a row that says no question and answer, or has no image.
-        """
 
 
 def open_vl_source(text: str, seed: int) -> VlSource:
@@ -99,53 +85,6 @@ def open_vl_source(text: str, seed: int) -> VlSource:
     if not path.exists():
         raise problem(f"no file {path}", "JSONL, parquet, a folder, or hf:OWNER/NAME", "correct --vl-data")
     return _opened(address, seed)
-
-
-class JsonRows(VlSource):
-    """A JSONL file. All of it is checked and held, without the images."""
-
-    def __init__(self, path: Path, seed: int) -> None:
-        super().__init__(path.stem)
-        self.path, self.seed = path, seed
-        self.rows = read_rows(path)
-        self._order: tuple[int, np.ndarray] | None = None
-
-    def row(self, draw: int) -> VlRow:
-        walk, place = divmod(draw, len(self.rows))
-        if self._order is None or self._order[0] != walk:
-            self._order = walk, epoch_order(len(self.rows), self.seed, walk)
-        image, pairs = self.rows[int(self._order[1][place])]
-        return VlRow(lambda: _file_pixels(image, self.path), *pairs[walk % len(pairs)])
-
-
-def read_rows(path: Path) -> list[tuple[Path, list[tuple[str, str]]]]:
-    """(Image, its questions and answers) of each line.
-
-    Raises:
-        VlaError: no file, no rows, or a line that is not such a row, with its number.
-    """
-    if not path.is_file():
-        raise problem(f"no file {path}", "JSONL with image, question and answer, or hf:OWNER/NAME", "correct --vl-data")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise problem(f"{where}: {error}", "one JSON object a line", "correct the line") from error
-        layout = guess_layout(list(value)) if isinstance(value, dict) else None
-        if layout is None or not isinstance(value[layout.image], str) or not value[layout.image].strip():
-            raise problem(f"{where}: {line[:80]}", "image, question and answer, texts that are not empty (or caption, points, "
-                          "conversations)", "correct the line")  # fmt: skip
-        image = path.parent / value[layout.image]
-        if not image.is_file():
-            raise problem(f"{where}: no image {image}", "a path from the file's folder", "correct it")
-        rows.append((image, pairs_of(value, layout, where)))
-    if not rows:
-        raise problem(f"{path} without a row", "at least one", "drop --vl-data")
-    return rows
 
 
 class TableRows(VlSource):
@@ -176,19 +115,25 @@ class StreamedRows(VlSource):
         super().__init__(address.name)
         self.address, self.layout = address, layout
         self._stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS)
+        self._at: int
+        """The draw that was read last."""
+        self._row: tuple[Mapping[str, Any], int] | None
+        """That row, and in which walk it was."""
         self._restart()
 
     def row(self, draw: int) -> VlRow:
-        if draw < self._next:
+        if draw < self._at:
             self._restart()
-        while True:
-            found, walk = next(self._rows)
-            self._next += 1
-            if self._next > draw:
-                return _table_row(found, self.layout, self.address, f"row {draw} of the stream", walk)
+        while self._at < draw:
+            self._row = next(self._rows)
+            self._at += 1
+        assert self._row is not None
+        found, walk = self._row
+        return _table_row(found, self.layout, self.address, f"row {draw} of the stream", walk)
 
     def _restart(self) -> None:
-        self._rows, self._next = self._all_walks(), 0
+        self._rows = self._all_walks()
+        self._at, self._row = -1, None
 
     def _all_walks(self) -> Iterator[tuple[Mapping[str, Any], int]]:
         walk = 0
@@ -207,13 +152,13 @@ class StreamedRows(VlSource):
 @contextlib.contextmanager
 def _told(address: Address) -> Iterator[None]:
     """What the `datasets` library raises becomes a `VlaError`."""
-    import datasets
+    from datasets.exceptions import DatasetsError
 
     try:
         yield
     except VlaError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, DatasetsError) as error:
         said = " ".join(str(error).split())[:300] or type(error).__name__
         raise problem(f"{address.text}: {said}", "a dataset that the `datasets` library opens, with its split and "
                       "configuration (#split=...&name=...)", "correct --vl-data") from error  # fmt: skip
@@ -227,7 +172,9 @@ def _opened(address: Address, seed: int) -> VlSource:
     split, name, path = address.options.get("split", "train"), address.options.get("name"), Path(address.place)
     with _told(address):
         if address.remote:
-            table: Any = datasets.load_dataset(address.place, name, split=split, revision=address.revision, streaming=True)
+            table: Any = datasets.load_dataset(
+                address.place, name, split=split, revision=address.revision, streaming=True
+            )
         elif path.is_file():
             table = datasets.load_dataset("parquet", data_files=str(path), split="train")
         elif (path / "state.json").is_file():
@@ -268,19 +215,21 @@ def _with_columns(address: Address, table: Any, datasets: Any) -> tuple[Layout, 
         raise problem(f"{address.text} with the columns {shown}", f"an image ({', '.join(IMAGES)}) with {', '.join(ANSWERS[:3])}, "
                       f"{', '.join(CAPTIONS[:2])}, points or conversations", "name them: "
                       f"{address.text.partition('#')[0]}#image=COLUMN&question=COLUMN&answer=COLUMN")  # fmt: skip
-    kind = features[layout.image]
+    kind: Any = features[layout.image]
     if _kind(kind) == "string":
         raise problem(f"{address.text}: column {layout.image} of texts", "pictures (the feature Image)",
                       "write the dataset with its images, or a JSONL file beside them")  # fmt: skip
     if isinstance(kind, datasets.Image):
         table = table.cast_column(layout.image, datasets.Image(decode=False))
-    elif isinstance(getattr(kind, "feature", None), datasets.Image):
-        table = table.cast_column(layout.image, type(kind)(datasets.Image(decode=False)))
+    elif isinstance(kind, datasets.List) and isinstance(kind.feature, datasets.Image):
+        table = table.cast_column(layout.image, datasets.List(datasets.Image(decode=False)))
     return layout, table
 
 
 def _kind(feature: Any) -> str:
-    return str(feature.dtype) if getattr(feature, "dtype", None) in ("string", "large_string") else type(feature).__name__
+    """string, Image, List, ...: for messages, and to tell texts from pictures."""
+    shown = str(feature)
+    return "string" if shown.startswith("Value(") and "string" in shown else type(feature).__name__
 
 
 def _table_row(row: Mapping[str, Any], layout: Layout, address: Address, which: str, walk: int) -> VlRow:
@@ -303,15 +252,7 @@ def _pixels(image: Any, where: str) -> np.ndarray:
     try:
         if isinstance(image, bytes):
             image = {"bytes": image, "path": None}
-        picture = datasets.Image().decode_example(image) if isinstance(image, Mapping) else image
+        picture = datasets.Image().decode_example(image) if isinstance(image, dict) else image
         return np.asarray(picture.convert("RGB"))
-    except (UnidentifiedImageError, OSError, ValueError, KeyError, AttributeError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, Image.DecompressionBombError) as error:
         raise problem(f"{where}: {error}", "an image", "leave the row out of the dataset") from error
-
-
-def _file_pixels(path: Path, rows: Path) -> np.ndarray:
-    try:
-        with Image.open(io.BytesIO(path.read_bytes())) as image:
-            return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise problem(f"{path}: {error}", "an image", f"replace it, or drop its row from {rows}") from error

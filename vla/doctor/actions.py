@@ -97,14 +97,11 @@ def check_noops(action: ActionSpec, data: DataView | None) -> Finding:
 
 def check_gripper_polarity(action: ActionSpec, predictions: Predictions | None) -> Finding:
     """Does the predicted gripper move with the recorded one, and not against it?"""
-    name, dims = "gripper polarity", gripper_dims(action)
-    if not dims:
-        return passed(name, "no gripper among the action dimensions")
-    if predictions is None:
-        return not_checked(name, DATASET)
-    truth, predicted = _gripper(predictions, dims[0])
-    if len(truth) < 2 or np.ptp(truth) == 0:
-        return not_checked(name, "frames in which the recorded gripper changes; take more with --frames")
+    name = "gripper polarity"
+    found = _changing_gripper(name, action, predictions)
+    if isinstance(found, Finding):
+        return found
+    truth, predicted = found
     middle = (truth.max() + truth.min()) / 2
     agree = float((np.sign(predicted - middle) == np.sign(truth - middle)).mean())
     correlation = float(np.corrcoef(truth, predicted)[0, 1]) if np.ptp(predicted) > 0 else 0.0
@@ -145,14 +142,11 @@ def check_gripper_convention(action: ActionSpec, data: DataView | None, suite: s
 
 def check_gripper_threshold(action: ActionSpec, predictions: Predictions | None) -> Finding:
     """Is the gripper read in its own range, and would a threshold at 0.5, 0.7 or 0.8 of it decide alike?"""
-    name, dims = "gripper threshold", gripper_dims(action)
-    if not dims:
-        return passed(name, "no gripper among the action dimensions")
-    if predictions is None:
-        return not_checked(name, DATASET)
-    truth, predicted = _gripper(predictions, dims[0])
-    if len(truth) < 2 or np.ptp(truth) == 0:
-        return not_checked(name, "frames in which the recorded gripper changes; take more with --frames")
+    name = "gripper threshold"
+    found = _changing_gripper(name, action, predictions)
+    if isinstance(found, Finding):
+        return found
+    truth, predicted = found
     low, high = (0.0, 1.0) if action.gripper_range == "unit" else (-1.0, 1.0)
     recorded = (
         f"recorded {truth.min():g} .. {truth.max():g}, gripper_range {action.gripper_range} ({low:g} .. {high:g})"
@@ -199,6 +193,21 @@ def _seen_sign(data: DataView, dim: int) -> int | None:
         return None
     correlation = float(np.corrcoef(command, change)[0, 1])
     return None if abs(correlation) < 0.1 else (1 if correlation < 0 else -1)
+
+
+def _changing_gripper(
+    name: str, action: ActionSpec, predictions: Predictions | None
+) -> tuple[np.ndarray, np.ndarray] | Finding:
+    """`_gripper` of recordings in which it changes; else what check `name` has to say."""
+    dims = gripper_dims(action)
+    if not dims:
+        return passed(name, "no gripper among the action dimensions")
+    if predictions is None:
+        return not_checked(name, DATASET)
+    truth, predicted = _gripper(predictions, dims[0])
+    if len(truth) < 2 or np.ptp(truth) == 0:
+        return not_checked(name, "frames in which the recorded gripper changes; take more with --frames")
+    return truth, predicted
 
 
 def _gripper(predictions: Predictions, dim: int) -> tuple[np.ndarray, np.ndarray]:

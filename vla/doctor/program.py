@@ -80,7 +80,8 @@ from vla.finetune.data.statistics import dataset_statistics
 from vla.finetune.formats.lerobot_reader import LeRobotReader
 from vla.finetune.formats.unfinished import check_finished
 from vla.libero_protocol import disagreements, get_protocol
-from vla.policy import LocalPolicy, library_versions, load_policy
+from vla.policy import LocalPolicy, load_policy
+from vla.policy_files import library_versions
 from vla.progress import Progress
 from vla.types import Suite, VlaError, problem
 

@@ -64,6 +64,8 @@ class OpenVlaForActionPrediction(PreTrainedModel, GenerationMixin):
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.oft: nn.Module | None = None
         """`vla.openvla.oft_model.OftParts`, where actions come from one pass."""
+        self.output_head_idle = False
+        """Set where an L1 head reads the hidden states."""
         self.post_init()
 
     @property
@@ -78,7 +80,8 @@ class OpenVlaForActionPrediction(PreTrainedModel, GenerationMixin):
         if self.vision_backbone.fused:
             towers["vision_backbone.fused_featurizer"] = self.vision_backbone.fused_featurizer
         parts = {name: (f"blocks.{n_blocks(tower) - 1}", "norm", "attn_pool") for name, tower in towers.items()}
-        return tuple(f"{name}.{part}." for name, tails in parts.items() for part in tails)
+        idle = [f"{name}.{part}." for name, tails in parts.items() for part in tails]
+        return (*idle, *(["language_model.lm_head"] if self.output_head_idle else []))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()

@@ -60,6 +60,15 @@ def inner(model: Any) -> OpenVlaForActionPrediction:
     return found
 
 
+def expect(model: Any, head: HeadSpec) -> None:
+    """Tell a model, before LoRA is put on it, what head it will have: an L1 head leaves the language model's output head idle.
+
+    Raises:
+        VlaError: it is no OpenVLA.
+    """
+    inner(model).output_head_idle = head.kind == "l1"
+
+
 def new_parts(model: Any, head: HeadSpec, action_dim: int) -> OftParts:
     """Fresh parts of the authors' sizes, float32 on the CPU."""
     llm_dim = inner(model).config.text_config.hidden_size
@@ -73,6 +82,7 @@ def attach(model: Any, parts: OftParts, dtype: torch.dtype | None = None) -> Non
     """Make `parts` the model's own, in place, on its device; frozen."""
     target = inner(model)
     target.oft = parts.to(device=target.device, dtype=dtype).requires_grad_(False).eval()
+    target.output_head_idle = parts.action_head is not None
 
 
 def train_new_parts(model: Any, head: HeadSpec, action_dim: int) -> None:
@@ -93,7 +103,7 @@ def train_parts(model: Any) -> None:
         parameter.requires_grad_(True)
     if target.vision_backbone.film:
         train_film(target)
-    if target.oft.action_head is not None:  # it, or LoRA on it, would never get a gradient, which DDP does not allow
+    if target.output_head_idle:  # an imported LoRA may be on it: it would never get a gradient, which DDP does not allow
         target.get_output_embeddings().requires_grad_(False)
 
 
@@ -109,10 +119,10 @@ def part_parameters(model: Any) -> dict[str, dict[str, tuple[str, nn.Parameter]]
     return found
 
 
-def without_parts(model: Any) -> dict[str, torch.Tensor]:
-    """The state dict of a model without PEFT around it, and without what OFT added."""
+def without_parts(model: Any, weights: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """The state dict of a model without PEFT around it, or `weights` instead of it, without what OFT added."""
     added = {name for part in part_parameters(model).values() for name, _ in part.values()}
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in added}
+    return {name: tensor for name, tensor in (weights or model.state_dict()).items() if name not in added}
 
 
 def write_parts(folder: Path, model: Any, weights: dict[str, torch.Tensor] | None = None) -> None:
