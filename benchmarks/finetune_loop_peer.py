@@ -86,7 +86,7 @@ def import_theirs(repo: Path) -> dict:
         package = types.ModuleType(name)
         package.__path__ = [str(repo / name.replace(".", "/"))]
         sys.modules[name] = package
-    sys.modules["prismatic.models.backbones.vision"].ImageTransform = object
+    setattr(sys.modules["prismatic.models.backbones.vision"], "ImageTransform", object)  # noqa: B010
     unused = {"rlds": ("make_interleaved_dataset", "make_single_dataset"), "rlds.oxe": ("OXE_NAMED_MIXTURES",
               "get_oxe_dataset_kwargs_and_weights"), "rlds.utils": (), "rlds.utils.data_utils": ("NormalizationType",)}  # fmt: skip
     for name, contents in unused.items():
@@ -104,7 +104,7 @@ def load(modules: dict, folder: Path):
     from transformers import AutoTokenizer
 
     config = json.loads((folder / "config.json").read_text())
-    sizes, create = dict(zip(config["timm_model_ids"], config["timm_model_args"])), timm.create_model
+    sizes, create = dict(zip(config["timm_model_ids"], config["timm_model_args"], strict=True)), timm.create_model
     modules["modeling_prismatic"].timm.create_model = lambda name, **given: create(name, **{**given, **sizes[name]})
     model = modules["modeling_prismatic"].OpenVLAForActionPrediction.from_pretrained(folder, torch_dtype=torch.float32)
     processing = modules["processing_prismatic"]
@@ -166,7 +166,7 @@ def batches(scope: dict, work: Path, job: dict):
         rows = [
             {"dataset_name": "made", "action": action[None], "observation": {"image_primary": frame[None]},
              "task": {"language_instruction": text.encode()}}
-            for frame, action, text in zip(frames[k], actions[k], job["instructions"][k])
+            for frame, action, text in zip(frames[k], actions[k], job["instructions"][k], strict=True)
         ]  # fmt: skip
         yield scope["collator"]([scope["batch_transform"](row) for row in rows])
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from vla.finetune.data.chunks import Sample
 from vla.finetune.sft_batch import Batches, sum_over_ranks
+from vla.finetune.sft_launch import autocast_acting
 from vla.finetune.sft_setup import observation_of
 from vla.language_motion import motion_query
 from vla.policy import LocalPolicy
@@ -93,7 +94,7 @@ def free_running_figures(batches: Batches, accelerator: Accelerator, n_samples: 
     for start in range(0, len(mine), batches.settings.batch_size):
         part = [dataset[i] for i in mine[start : start + batches.settings.batch_size]]
         targets, valid = (x.cpu().numpy() for x in batches.targets(part))
-        with accelerator.autocast():
+        with autocast_acting(accelerator, batches.settings.precision):
             seen = policy.with_motions([motion_query(observation_of(s)) for s in part])
             drawn = policy.backbone.sample(policy.encode(seen), policy.codec.grammar)[0]
         rows = drawn.cpu().numpy()

@@ -62,7 +62,8 @@ def _zero_accelerator(settings: Settings, device: str) -> Accelerator:
         raise problem("ZeRO-3 with --method qlora", "weights that can be cut anywhere",
                       "use examples/accelerate/zero2.yaml")  # fmt: skip
     if stage == 3 and settings.film:
-        raise problem("ZeRO-3 with --film", "parts that all train: others cannot be saved", "use examples/accelerate/zero2.yaml")
+        raise problem("ZeRO-3 with --film", "parts that all train: others cannot be saved",
+                      "use examples/accelerate/zero2.yaml")  # fmt: skip
     if stage == 3 and (settings.free_running_samples or settings.eval_suite):
         raise problem("ZeRO-3 with evaluations in which the policy acts", "only teacher-forced ones: no process has all weights",
                       "pass --free-running-samples 0 and no --eval-suite, and run `vla eval` afterwards")  # fmt: skip
@@ -74,7 +75,7 @@ def _zero_accelerator(settings: Settings, device: str) -> Accelerator:
     }  # fmt: skip
     if settings.precision == "bf16":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-    handlers = [InitProcessGroupKwargs(backend="gloo")] if device == "cpu" else None
+    handlers: list[Any] | None = [InitProcessGroupKwargs(backend="gloo")] if device == "cpu" else None
     accelerator = Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=handlers)
     unset_hf_deepspeed_config()  # every process reads the checkpoint itself, and `prepare` cuts it up
     return accelerator
@@ -120,9 +121,17 @@ def accumulating(accelerator: Accelerator, model: Any, last: bool) -> Iterator[N
         yield
 
 
+def autocast_acting(accelerator: Accelerator, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """For the policy that acts, which does not go through what was prepared; with DeepSpeed, Accelerate's own does nothing."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision == "bf16")
+    return accelerator.autocast()
+
+
 @contextlib.contextmanager
 def acting_alone(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
     """Inside, every process has all weights and may run the model as often as it likes."""
+    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
     blocks = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for block in blocks:
         block.set_reshard_after_forward(False, recurse=False)
@@ -131,7 +140,7 @@ def acting_alone(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for block in blocks:
-            block.set_reshard_after_forward(accelerator.state.fsdp_plugin.reshard_after_forward, recurse=False)
+            block.set_reshard_after_forward(plugin.reshard_after_forward, recurse=False)
         reshard(model)
 
 
@@ -148,7 +157,8 @@ def whole_number(norm: Any) -> float:
 
 
 def _zero_stage(accelerator: Accelerator) -> int:
-    return accelerator.deepspeed_plugin.zero_stage if accelerator.distributed_type == DistributedType.DEEPSPEED else 0
+    plugin = accelerator.deepspeed_plugin
+    return 0 if plugin is None else int(plugin.zero_stage)
 
 
 def _asked(variable: str) -> bool:

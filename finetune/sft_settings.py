@@ -326,7 +326,8 @@ PRESETS = {
     # 150,000 steps, no clipping, batch 8 on each of 8 GPUs (62 GB each, as they report), random crops. The head trains in
     # float32 where theirs is in bfloat16. RLDS data of theirs is turned already: add --frames-turned. Not measured at full size.
     "openvla-oft": Settings(
-        data=(), out=Path("runs/oft"), backbone="openvla/openvla-7b", cameras=("agentview", "wrist"), protocol="oft", augment=True,
+        data=(), out=Path("runs/oft"), backbone="openvla/openvla-7b", protocol="oft", augment=True,
+        cameras=("agentview=agentview|primary|image", "wrist=wrist|wrist_image|image2"),
         horizon=8, head="l1", proprio=True, state=False, lora_r=32, lora_alpha=16, lora_init="gaussian", lora_parts=("all-linear",),
         steps=150_000, batch_size=8, lr=5e-4, schedule="step", decay_at_step=100_000, warmup_steps=0, weight_decay=0.01,
         clip_norm=0.0, precision="bf16", cache_images=False, save_every_steps=10_000, eval_every_steps=10_000,

@@ -14,6 +14,7 @@ from vla.finetune.data.agreement import check_agreement, common_cameras, doubts,
 from vla.finetune.data.chunks import ChunkDataset, Sample, holdout_split
 from vla.finetune.data.open_source import open_sources
 from vla.finetune.data.statistics import constant_warnings, dataset_statistics
+from vla.finetune.data.subset_source import without_padding
 from vla.finetune.formats.source import FrameSource
 from vla.finetune.sft_continue import OPENVLA_TOKENS, continued_policy, policy_on_lora
 from vla.finetune.sft_settings import Settings
@@ -60,6 +61,8 @@ def open_datasets(settings: Settings) -> tuple[ChunkDataset, dict[str, Any]]:
     if far and not settings.shuffle_window:
         raise problem(f"{far[0]} with only some of its files on the disk, and a shuffle over all of it",
                       "frames that are read file by file", "pass --shuffle-window 20000 --no-cache-images")  # fmt: skip
+    if settings.proprio:
+        sources = [without_padding(source) for source in sources]
     check_agreement(sources, settings.state or settings.proprio)
     gripper = None if takes_physical_units(settings.tokenizer) else gripper_index(settings.gripper_dim, sources)
     dataset = ChunkDataset(
@@ -118,7 +121,9 @@ def build_policy(
               "and, unless --placement says otherwise, its own action ids")  # fmt: skip
     if start.kind == "adapter" and start.folder is not None:
         _, prompt = place_numbers(prompt, Placement.load(OPENVLA_TOKENS.placement), OPENVLA_TOKENS.n_symbols)
-        spec = PolicySpec(settings.out.name, BackboneSpec(settings.backbone), action, image, prompt, OPENVLA_TOKENS, key)
+        spec = PolicySpec(
+            settings.out.name, BackboneSpec(settings.backbone), action, image, prompt, OPENVLA_TOKENS, key
+        )
         return policy_on_lora(spec, start.folder, statistics, tokenizer, device, dtype)
     placement = settings.placement
     if placement == "auto":
@@ -151,9 +156,13 @@ def image_path(settings: Settings, cameras: tuple[str, ...], openvla: OpenVlaCon
     """
     size = openvla.image_sizes[0] if openvla is not None else 224
     if openvla is not None and len(cameras) > 1 and settings.head == "tokens":
-        raise problem(f"cameras {', '.join(cameras)} for an OpenVLA", "one: it sees one picture", f"pass --cameras {cameras[0]}")
+        raise problem(
+            f"cameras {', '.join(cameras)} for an OpenVLA", "one: it sees one picture", f"pass --cameras {cameras[0]}"
+        )
     if openvla is not None and settings.image_size_px not in (0, size):
-        raise problem(f"image_size_px {settings.image_size_px} for an OpenVLA of {size} px", f"{size}", "drop --image-size-px")
+        raise problem(
+            f"image_size_px {settings.image_size_px} for an OpenVLA of {size} px", f"{size}", "drop --image-size-px"
+        )
     if not settings.protocol:
         size_px = settings.image_size_px or (160 if settings.backbone == "tiny" else size)
         image = ImageSpec(cameras, size_px, crop_area=settings.crop_area, rotation_deg=settings.rotation_deg)
@@ -173,7 +182,9 @@ def image_path(settings: Settings, cameras: tuple[str, ...], openvla: OpenVlaCon
                 f"{name} {got} with protocol {protocol.name}", f"{wanted}, as the protocol has", f"drop {name}"
             )
     if openvla is not None and image.size_px != size:
-        raise problem(f"protocol {protocol.name} with {image.size_px} px", f"{size} px, as the OpenVLA has", "drop --protocol")
+        raise problem(
+            f"protocol {protocol.name} with {image.size_px} px", f"{size} px, as the OpenVLA has", "drop --protocol"
+        )
     return dataclasses.replace(image, size_px=settings.image_size_px or image.size_px)
 
 
@@ -188,7 +199,12 @@ def _prompt(
         low = settings.state_low or tuple(float(x) for x in np.min([states.min(0) for states in found], axis=0))
         high = settings.state_high or tuple(float(x) for x in np.max([states.max(0) for states in found], axis=0))
         names = tuple(sources[0].state_names)
-        shown = {"state_names": names, "state_low": low, "state_high": high, "state_optional": settings.state_dropout > 0}
+        shown = {
+            "state_names": names,
+            "state_low": low,
+            "state_high": high,
+            "state_optional": settings.state_dropout > 0,
+        }
         words = "State: {state}. " + words
     if settings.history:
         low, high = _history_bounds([statistics[source.name]["action"] for source in sources], action)

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import PreTrainedConfig
 
 from vla.backbone import TINY
@@ -37,6 +38,9 @@ from vla.spec import FILE, TOKENIZER_FOLDER, PolicySpec, read_spec
 from vla.types import problem
 
 ADAPTER_CONFIG = "adapter_config.json"
+Kind = Literal["checkpoint", "adapter", "policy"]
+MARKS: dict[Kind, str] = {"policy": FILE, "adapter": ADAPTER_CONFIG}
+"""The file by which each is known; a checkpoint is what has neither."""
 TOLD = (
     "method", "lora_r", "lora_alpha", "lora_dropout", "horizon", "head", "state", "proprio", "history", "numbers_as", "crop_area",
     "rotation_deg", "delta", "normalization",
@@ -50,7 +54,7 @@ CLIPPED = 0.2
 class Start:
     """See the module."""
 
-    kind: Literal["checkpoint", "adapter", "policy"] = "checkpoint"
+    kind: Kind = "checkpoint"
     folder: Path | None = None
     """Of the policy or the LoRA."""
     spec: PolicySpec | None = None
@@ -67,10 +71,11 @@ def read_start(settings: Settings) -> Start:
     Raises:
         VlaError: an OpenVLA-OFT checkpoint, a LoRA without its OpenVLA, or a damaged policy directory.
     """
-    if settings.from_ and _has(settings.from_, FILE):
+    kind = source_kind(settings.from_) if settings.from_ else "checkpoint"
+    if kind == "policy":
         folder = policy_folder(settings.from_)
         return Start("policy", folder, read_spec(folder), statistics=read_statistics(folder / STATISTICS_FILE))
-    adapter = policy_folder(settings.from_) if settings.from_ and _has(settings.from_, ADAPTER_CONFIG) else None
+    adapter = policy_folder(settings.from_) if kind == "adapter" else None
     source = settings.backbone if adapter is not None or not settings.from_ else settings.from_
     folder, config = _openvla(source)
     if adapter is not None and settings.head != "tokens":
@@ -82,7 +87,7 @@ def read_start(settings: Settings) -> Start:
     if config is None or folder is None:
         return Start()
     statistics = _beside(adapter) or checkpoint_statistics(folder, config)
-    return Start("checkpoint" if adapter is None else "adapter", adapter, openvla=config, statistics=statistics)
+    return Start(kind, adapter, openvla=config, statistics=statistics)
 
 
 def started(settings: Settings) -> Settings:
@@ -233,18 +238,30 @@ def _doubt(settings: Settings, source: FrameSource, normalizer: ActionNormalizer
               file=sys.stderr)  # fmt: skip
 
 
-def _has(source: str, file: str) -> bool:
-    """Whether a folder or a Hub repository holds this file."""
-    if not names_repository(source):
-        return (Path(source) / file).is_file()
+def source_kind(source: str) -> Kind:
+    """What a folder, or a Hub repository of which only this is asked for, holds."""
+    if names_repository(source):
+        return _kind_on_hub(source)
+    for kind, file in MARKS.items():
+        if (Path(source) / file).is_file():
+            return kind
+    return "checkpoint"
+
+
+@functools.cache
+def _kind_on_hub(source: str) -> Kind:
     repo, _, revision = source.removeprefix(PREFIX).partition("@")
-    try:
-        hf_hub_download(repo, file, revision=revision or None)
-    except EntryNotFoundError:  # offline too, where the cache has none
-        return False
-    except (HTTP_ERROR, OSError, ValueError) as error:
-        raise explained(error, f"{repo}@{revision or 'main'}", "a policy directory or a checkpoint") from error
-    return True
+    for kind, file in MARKS.items():
+        try:
+            hf_hub_download(repo, file, revision=revision or None)
+            return kind
+        except LocalEntryNotFoundError:  # the Hub cannot be reached; a checkpoint may be in the cache
+            break
+        except EntryNotFoundError:
+            continue
+        except (HTTP_ERROR, OSError, ValueError) as error:
+            raise explained(error, f"{repo}@{revision or 'main'}", "a policy directory or a checkpoint") from error
+    return "checkpoint"
 
 
 def _openvla(source: str) -> tuple[Path | None, OpenVlaConfig | None]:

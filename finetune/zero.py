@@ -24,7 +24,7 @@ def require_deepspeed() -> Any:
         VlaError: it is not installed.
     """
     try:
-        import deepspeed
+        import deepspeed  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise problem("a DeepSpeed launch without deepspeed", "the extra [deepspeed]",
                       "pip install 'vla-toolkit[deepspeed]'") from error  # fmt: skip
@@ -83,10 +83,11 @@ def set_moments(named: dict[str, nn.Parameter], optimizer: Any, moments: dict[st
     put = require_deepspeed().utils.safe_set_full_optimizer_state
     stage_3 = any(is_partitioned(parameter) for parameter in named.values())
     flat = optimizer.fp32_partitioned_groups_flat if stage_3 else optimizer.single_partition_of_fp32_groups
+    fused = any(group.get("fused") for group in optimizer.param_groups)  # then steps are counted on the GPU
     step = next(value for key, value in moments.items() if key.endswith("::step"))
     for part in flat:  # as AdamW's first step would
         state = {key: torch.zeros_like(part, memory_format=torch.preserve_format) for key in MOMENTS}
-        optimizer.optimizer.state[part] = {"step": step.clone(), **state}
+        optimizer.optimizer.state[part] = {"step": step.to(part.device if fused else "cpu", copy=True), **state}
     if not stage_3:
         optimizer._lazy_init_hp_params_optimizer_state()  # else `put` finds no moments before the first step
     for name, parameter in named.items():

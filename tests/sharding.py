@@ -18,6 +18,7 @@ from training import sft_settings
 
 from vla.files import write_json
 from vla.finetune import sft, sft_launch
+from vla.testing import FakeSuite
 
 
 class CpuSharding(Accelerator):
@@ -103,4 +104,5 @@ def process(environment: dict[str, str], log: Path, folder: Path, how: str, jobs
                 back_to(out, job["back_to"])
             PartialState().wait_for_everyone()
         family = folder / changes.pop("family", "llava")
-        sft.run(sft_settings(folder, out=out, backbone=str(family), **changes))
+        suite = FakeSuite() if "eval_suite" in changes else None
+        sft.run(sft_settings(folder, out=out, backbone=str(family), **changes), suite)

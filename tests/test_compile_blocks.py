@@ -1,4 +1,4 @@
-"""`--compile`: one graph for each kind of transformer block, whatever the length of a batch, and the figures of eager mode."""
+"""`--compile`: all graphs are made in the first step, whatever the lengths of later batches, and give eager mode's figures."""
 
 import dataclasses
 import functools
@@ -58,16 +58,20 @@ def test_trains_as_eager_mode_does_and_goes_on_after_a_stop(folder, monkeypatch,
                         gradient_checkpointing=checkpointing)  # fmt: skip
     sft.run(base)
     assert not counters["stats"]
-    lengths, pass_through = set(), sft.Batches.loss
+    lengths, graphs, pass_through = set(), [], sft.Batches.loss
 
-    def loss(self, samples, *rest):
+    def loss(self, samples, *rest, **more):
+        graphs.append(counters["stats"]["unique_graphs"])
         lengths.add(self.policy.encode([observation_of(s) for s in samples])["input_ids"].shape[1])
-        return pass_through(self, samples, *rest)
+        return pass_through(self, samples, *rest, **more)
 
     monkeypatch.setattr(sft.Batches, "loss", loss)
     policy = sft.run(dataclasses.replace(base, out=here / "whole", compile=True))
     assert len(lengths) > 1, "batches of one length would prove nothing"
-    assert counters["stats"]["unique_graphs"] == 2, "the blocks of the vision tower and those of the language model"
+    made = counters["stats"]["unique_graphs"]
+    assert graphs[0] == 0 and set(graphs[1:]) == {made}, "later steps compile nothing"
+    if family == "smolvlm":
+        assert made == 2, "the block of the vision tower and those of the language model"
     np.testing.assert_allclose(losses(here / "whole"), losses(here / "eager"), atol=1e-4)
     with safe_open(policy / "adapter" / "adapter_model.safetensors", "pt") as file:
         assert not [name for name in file.keys() if "_orig_mod" in name]  # noqa: SIM118

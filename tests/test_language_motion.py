@@ -16,7 +16,7 @@ from test_sft_launch import run_two
 from test_sft_resume import same_run
 from training import fake_dataset, sft_settings, tiny_backbone
 
-from vla import merge
+from vla import cli, merge
 from vla.backbone import Backbone, load_backbone
 from vla.eval.recording import record
 from vla.eval.results import EPISODES_FILE, read_rows
@@ -364,6 +364,37 @@ def test_the_weight_scales_the_gradient_and_not_the_losses(folder):
         rows.append(rows_of(settings)[0])
     assert rows[0]["loss"] == rows[1]["loss"] and rows[0]["motion_loss"] == rows[1]["motion_loss"]
     assert rows[1]["grad_norm"] != pytest.approx(rows[0]["grad_norm"], rel=1e-3)
+
+
+def test_beside_past_actions_and_numbers_as_tokens(folder):
+    settings = motion_settings(folder, "tokens", steps=2, bins=256, numbers_as="tokens", history=2, history_dropout=0.3)
+    policy = load_policy(sft.run(settings))
+    assert policy.spec.motion is not None
+    assert policy.spec.motion.template.startswith("Past actions: {history}. State: {state}. In: What motion should")
+    row = with_camera(policy, observations(1, past_actions=np.zeros((1, 2), np.float32)))[0]
+    assert policy.act([row])[0].motion in policy.spec.motion.phrases
+
+
+def test_the_command_line():
+    words = [
+        "finetune",
+        "--data",
+        "a",
+        "b",
+        "--out",
+        "run",
+        "--language-motion",
+        "--motion-words",
+        "dx=right/left",
+        "dy=",
+    ]
+    _, settings = cli.parse([*words, "--vl-data", "rows.jsonl", "hf:a/b#split=train", "--vl-weights", "1", "3"])
+    assert isinstance(settings, sft.Settings)
+    assert settings.motion_words == ("dx=right/left", "dy=") and settings.vl_data == (
+        "rows.jsonl",
+        "hf:a/b#split=train",
+    )
+    assert settings.vl_weights == (1.0, 3.0)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""OpenVLA-OFT+ (FiLM) as a policy directory: imported from the authors' files, its actions are theirs.
+"""OpenVLA-OFT+ (FiLM) as a policy directory, and OFT from the Hub: imported from the authors' files, their actions are theirs.
 
 Goldens and files as in tests/test_openvla_film.py.
 """
@@ -11,7 +11,9 @@ import oft_tiny
 import openvla_tiny as tiny
 import pytest
 from oft_tiny import KEY, write_heads, write_oft
+from test_hub import COMMIT, running
 from test_openvla_film import GOLDEN, NAMES, PLAIN, STATES, write_adapter, write_file
+from test_push import ModelHub
 
 from vla.import_policy import Settings, run
 from vla.openvla.checkpoint import weight_shapes
@@ -60,3 +62,26 @@ def test_lora_that_was_not_merged(tmp_path):
     with pytest.raises(VlaError, match=r"a run with FiLM, on a model without.*vision_backbone--\*_checkpoint.pt"):
         run(Settings(str(base), tmp_path / "other", adapter=adapter, dtype="float32"))
     assert not (tmp_path / "other").exists()
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    server = ModelHub(tmp_path / "hub")
+    with running(server, monkeypatch, tmp_path / "cache"):
+        yield server
+
+
+def test_from_the_hub(hub, tmp_path):
+    """Its .pt files are fetched one by one; code and other pickles never."""
+    source = write_oft(hub.root / "authors" / "oft")
+    (source / "modeling_prismatic.py").write_text("raise SystemExit")
+    (source / "optimizer.pt").write_bytes(b"a pickle")
+    out = run(Settings("authors/oft", tmp_path / "policy", dtype="float32"))
+    spec = read_spec(out)
+    assert (spec.backbone.source, spec.backbone.revision) == ("authors/oft", COMMIT) and spec.head is not None
+    fetched = {path.name for path in (tmp_path / "cache").rglob("snapshots/*/*")}
+    assert "action_head--150000_checkpoint.pt" in fetched
+    assert not fetched & {"modeling_prismatic.py", "optimizer.pt"}
+    np.testing.assert_allclose(
+        acted(out), np.load(Path(__file__).parent / "golden" / "openvla.npz")["oft_l1"], atol=2e-5, rtol=0
+    )

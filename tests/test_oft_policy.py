@@ -15,12 +15,15 @@ import pytest
 import torch
 from oft_tiny import KEY, D, H, S, write_heads, write_oft
 from safetensors.torch import load_file, save_file
+from serving import running
 
 from vla import push
 from vla.import_policy import Settings, run
 from vla.normalize import action_normalizer, state_normalizer
 from vla.openvla.oft_model import inner
 from vla.policy import load_policy
+from vla.serve.app import make_app
+from vla.serve.client import PolicyClient
 from vla.spec import HeadSpec, from_json, read_spec, to_json
 from vla.types import Observation, VlaError
 
@@ -228,6 +231,14 @@ def test_spec_of_before_opens_and_contradictions_do_not(policy):
     assert from_json(old).head is None and from_json(old).action.normalization == "bounds_q99"
     with pytest.raises(VlaError, match="policy.head.kind: 'diffusion'"):
         from_json({**value, "head": {"kind": "diffusion"}})
+
+
+def test_served(policy, seen):
+    """Over HTTP an L1 chunk arrives as it left, without token ids."""
+    with running(make_app(policy)) as address:
+        chunk = PolicyClient(address).act(seen[:1])[0]
+    np.testing.assert_allclose(chunk.actions, policy.act(seen[:1])[0].actions, atol=1e-5)
+    assert chunk.token_ids is None and chunk.logprobs is None
 
 
 def test_head_is_within_the_model(policy):

@@ -19,16 +19,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from families import FAMILIES
-from training import fake_dataset
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from training import fake_dataset, sft_settings, tiny_backbone
 
 from vla import cli, import_policy, merge
 from vla.adapters import lora_targets, place_actions
 from vla.backbone import load_backbone
-from vla.finetune import sft
+from vla.finetune import sft, sft_start
 from vla.finetune.formats.lerobot_writer import LeRobotWriter
 from vla.finetune.sft_batch import ended
 from vla.finetune.sft_setup import build_policy, open_datasets
-from vla.finetune.sft_start import read_start, started
+from vla.finetune.sft_start import read_start, source_kind, started
 from vla.import_policy import V01_TEMPLATE
 from vla.openvla.checkpoint import weight_shapes
 from vla.policy import LocalPolicy, load_policy
@@ -343,3 +344,48 @@ def test_auto_placement_adds_ids_to_a_model_that_knows_no_actions(folder, tmp_pa
     ]
     assert len(names) == 1 and "embed" in names[0]
     assert place_actions(load_backbone(str(folder / "openvla")), "tail", 256)[0].ids[-1] == 31744
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "rslora"])
+def test_any_policy_goes_on(tmp_path, method, capsys):
+    """Added tokens, a state in the prompt, chunks of 3: by the adapter, and by the weights it was merged into."""
+    fake_dataset(tmp_path)
+    tiny_backbone(tmp_path)
+    first = sft.run(sft_settings(tmp_path, steps=2, method=method))
+    merged = merge.run(merge.Settings(first, tmp_path / "merged", check=False))
+    capsys.readouterr()
+    seen = [
+        Observation({"front": np.full((32, 32, 3), k, np.uint8)}, np.full(2, 0.1 * k, np.float32), "reach")
+        for k in (0, 90)
+    ]
+    old = load_policy(first)
+    for k, source in enumerate((first, merged)):
+        settings = sft_settings(
+            tmp_path, out=tmp_path / f"on{k}", from_=str(source), lr=0.0, steps=1, horizon=8, bins=32
+        )
+        out = sft.run(dataclasses.replace(settings, backbone="nowhere/at-all"))
+        told = capsys.readouterr().out
+        assert "horizon 3" in told and (f"method '{method}'" in told) == (k == 0 and method != "lora")
+        new = load_policy(out)
+        assert new.spec.prompt == old.spec.prompt and new.spec.tokens.n_added == (64 if k == 0 else 0)
+        assert [c.token_ids.tolist() for c in new.act(seen)] == [c.token_ids.tolist() for c in old.act(seen)]
+    trained = json.loads((tmp_path / "on0" / "policy" / "adapter" / "adapter_config.json").read_text())
+    assert (trained["use_dora"], trained["use_rslora"]) == (method == "dora", method == "rslora")
+
+
+def test_a_source_on_the_hub_is_known_by_its_files(monkeypatch):
+    held = {("me/policy", None): "policy.json", ("me/lora", "v1"): "adapter_config.json"}
+    asked = []
+
+    def download(repo: str, file: str, revision: str | None) -> str:
+        asked.append(file)
+        if repo == "me/far":
+            raise LocalEntryNotFoundError("no connection")
+        if held.get((repo, revision)) != file:
+            raise EntryNotFoundError("404")
+        return file
+
+    monkeypatch.setattr(sft_start, "hf_hub_download", download)
+    assert [source_kind(s) for s in ("me/policy", "hf://me/lora@v1", "me/model")] == ["policy", "adapter", "checkpoint"]
+    asked.clear()
+    assert source_kind("me/far") == source_kind("me/far") == "checkpoint" and asked == ["policy.json"]  # asked once

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import re
 import shlex
@@ -67,6 +68,17 @@ def test_python_blocks_compile_and_use_names_that_exist() -> None:
     for name in re.findall(r"^from vla import (.*)$", "\n".join(blocks), re.MULTILINE):
         module = __import__("vla")
         assert all(hasattr(module, each.strip()) for each in name.split(","))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/how-to.md"])
+def test_every_flag_that_is_named_exists(page: str) -> None:
+    known = {"--config_file", "--num_processes", "--help", "--version", "--peer"}  # of accelerate, vla, a benchmark
+    for program in cli.PROGRAMS.values():
+        settings = getattr(importlib.import_module(program.module), program.settings)
+        names = {field.name.rstrip("_").replace("_", "-") for field in dataclasses.fields(settings)}
+        known |= {f"--{name}" for name in names} | {f"--no-{name}" for name in names}
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", (ROOT / page).read_text(encoding="utf-8")))
+    assert named and named <= known, named - known
 
 
 def test_paths_and_lengths() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ import yaml
 from accelerate.commands import launch
 from safetensors.torch import load_file
 from sharding import back_to
+from torch.distributed import TCPStore
 from training import fake_dataset, forked, sft_settings, tiny_backbone
 
 from vla.files import read_jsonl
@@ -56,10 +56,11 @@ def launched(how: str) -> dict[str, str]:
 
 def run_two(folder: Path, how: str, *jobs: dict) -> None:
     """Runs of two processes on this machine, one run after another; see tests/sharding.py."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {**launched(how), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's: its port is free for sure
+    common = {
+        **launched(how), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }  # fmt: skip
     logs = [folder / f"{how}.{rank}.log" for rank in range(2)]
     pair = [
         forked(sharding.process, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, log, folder, how, jobs)
@@ -126,6 +127,8 @@ CASES = {
 }  # fmt: skip
 RUN = {"steps": 4, "policy_from": "best", "free_running_samples": 3}
 
+SUITE = {"eval_suite": "fake", "eval_suite_episodes": 1, "eval_suite_workers": 1}
+
 
 def settings_of(case: str, how: str = "one") -> dict:
     """ZeRO-3 cannot have the policy act, which changes nothing about training."""
@@ -165,12 +168,13 @@ def test_more_families_and_launch_kinds(folder, how):
     back_to(begun, 2)
     jobs = [
         {"out": begun.name, "changes": {**settings_of(case, how), "resume": True}},
-        {"out": f"{how} smolvlm", "changes": settings_of(case, how) | more},
+        {"out": f"{how} smolvlm", "changes": settings_of(case, how) | more | ({} if how == "zero3" else SUITE)},
         {"out": f"{how} half", "changes": settings_of("accumulated", how) | {"precision": "bf16"}},
     ]
     run_two(folder, how, *jobs)
     same_files(begun / "kept", begun / "checkpoints", CASES[case][2])
     same_training(run_one(folder, "one smolvlm", settings_of(case) | more), folder / f"{how} smolvlm", CASES[case][2])
+    assert any("success" in row for row in read_jsonl(folder / f"{how} smolvlm" / "metrics.jsonl")) == (how != "zero3")
     half = run_one(folder, "one half", settings_of("accumulated") | {"precision": "bf16"})
     losses = [[row["loss"] for row in read_jsonl(run / "metrics.jsonl") if "loss" in row] for run in (half, folder / f"{how} half")]  # fmt: skip
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
@@ -200,6 +204,7 @@ def test_deepspeed_that_is_not_there(folder, tmp_path, monkeypatch):
         (2, {"optimizer": "adamw8bit"}, "DeepSpeed with --optimizer adamw8bit; expected adamw"),
         (2, {"precision": "fp16"}, "DeepSpeed with weights or losses in half precision; .*--precision bf16"),
         (3, {}, "ZeRO-3 with evaluations in which the policy acts; .*--free-running-samples 0"),
+        (3, {"film": True, "head": "l1", "free_running_samples": 0}, "ZeRO-3 with --film; .*zero2.yaml"),
         (3, {"method": "qlora", "free_running_samples": 0}, "ZeRO-3 with --method qlora; .*zero2.yaml"),
     ],
 )

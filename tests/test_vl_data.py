@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -475,8 +476,14 @@ def test_what_the_library_says_is_passed_on(hf, tmp_path, monkeypatch):
     def fails(*arguments: Any, **options: Any) -> Any:
         raise hf.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub")
 
+    def breaks(*arguments: Any, **options: Any) -> Any:
+        raise httpx.ConnectError("Connection refused")
+
     monkeypatch.setattr(hf, "load_dataset", fails)
     with pytest.raises(VlaError, match="hf:a/b: Dataset 'a/b' doesn't exist.*correct --vl-data"):
+        open_vl_source("hf:a/b", 0)
+    monkeypatch.setattr(hf, "load_dataset", breaks)
+    with pytest.raises(VlaError, match="hf:a/b: Connection refused"):
         open_vl_source("hf:a/b", 0)
     monkeypatch.undo()
     (tmp_path / "bad.parquet").write_bytes(b"no parquet")

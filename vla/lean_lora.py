@@ -28,7 +28,14 @@ def lean_lora(model: nn.Module) -> int:
 
 def _forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
-    if args or kwargs or layer.disable_adapters or layer.merged or name not in layer.lora_A or name in layer.lora_variant:
+    if (
+        args
+        or kwargs
+        or layer.disable_adapters
+        or layer.merged
+        or name not in layer.lora_A
+        or name in layer.lora_variant
+    ):
         return type(layer).forward(layer, x, *args, **kwargs)
     first, second, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
     typed = torch.is_autocast_enabled(x.device.type) or x.dtype == first.weight.dtype

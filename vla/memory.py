@@ -7,6 +7,7 @@ counted: what the process holds besides tensors, workspaces inside kernels, and 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -119,6 +120,7 @@ def measured_peak(model: nn.Module, steps: Callable[[], Any]) -> int:
     """
     from torch.profiler import ProfilerActivity, profile
 
+    gc.collect()  # a model of before that went away meanwhile would count as memory given back
     held = held_bytes(model)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         steps()

@@ -1,6 +1,6 @@
 """Language motions read off the data: a phrase for every frame, from what the robot then does.
 
-As RT-H labels its data (Belkhale et al., arXiv 2403.01823, §IV-C): each dimension of the robot's movement has a word for
+As RT-H labels its data (Belkhale et al., arXiv 2403.01823): each dimension of the robot's movement has a word for
 either direction, movements below a threshold are left out, and the others are said in the order of their size, such as
 "move arm forward and left, close gripper". Different here: movement is what the actions command, summed over the next
 `lookahead` steps of the episode; sizes are compared in units of each dimension's own fast movement (the 99th percentile of

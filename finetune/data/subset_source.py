@@ -1,4 +1,4 @@
-"""Some episodes, frames and cameras of a dataset, as a dataset."""
+"""Some episodes, frames, cameras and state dimensions of a dataset, as a dataset."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ class SubsetSource(FrameSource):
         episodes: which ones; None: all.
         cameras: which ones; None: all.
         keep: episode of `source` -> bool (its length,), the frames to keep; episodes it does not name are kept whole.
+        states: which dimensions of the state; None: all.
     """
 
     def __init__(
@@ -26,6 +27,7 @@ class SubsetSource(FrameSource):
         episodes: Sequence[int] | None = None,
         cameras: Sequence[str] | None = None,
         keep: Mapping[int, np.ndarray] | None = None,
+        states: Sequence[int] | None = None,
     ) -> None:
         self.source = source
         self.chosen = tuple(range(source.n_episodes) if episodes is None else episodes)
@@ -36,7 +38,10 @@ class SubsetSource(FrameSource):
             source.check_camera(camera)
         self.cameras = source.cameras if cameras is None else tuple(cameras)
         self.name, self.where, self.fps, self.bad = source.name, source.where, source.fps, source.bad
-        self.action_names, self.state_names = source.action_names, source.state_names
+        self.gripper, self.empty, self.in_order = source.gripper, source.empty, source.in_order
+        self._columns = list(range(source.state_dim) if states is None else states)
+        self.action_names = source.action_names
+        self.state_names = tuple(source.state_names[k] for k in self._columns)
         spans, parts, start = [], [], 0
         for k, episode in enumerate(self.chosen):
             frames = np.arange(source.episodes[episode].start, source.episodes[episode].stop)
@@ -99,12 +104,18 @@ class SubsetSource(FrameSource):
     @cached_property
     def _states(self) -> np.ndarray | None:
         states = self.source.states()
-        return None if states is None else states[self.frames]
+        return None if states is None else states[self.frames][:, self._columns]
 
     @cached_property
     def _rewards(self) -> np.ndarray | None:
         rewards = self.source.rewards()
         return None if rewards is None else rewards[self.frames]
+
+
+def without_padding(source: FrameSource) -> FrameSource:
+    """Without the state's dimensions that only fill a place (OpenVLA's `pad`), as OpenVLA-OFT reads LIBERO's state."""
+    kept = [k for k, name in enumerate(source.state_names) if not name.startswith("pad")]
+    return source if len(kept) == source.state_dim else SubsetSource(source, states=kept)
 
 
 def parse_range(text: str, n: int) -> list[int]:

@@ -153,12 +153,13 @@ class StreamedRows(VlSource):
 def _told(address: Address) -> Iterator[None]:
     """What the `datasets` library raises becomes a `VlaError`."""
     from datasets.exceptions import DatasetsError
+    from httpx import HTTPError
 
     try:
         yield
     except VlaError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, DatasetsError, HTTPError) as error:
         said = " ".join(str(error).split())[:300] or type(error).__name__
         raise problem(f"{address.text}: {said}", "a dataset that the `datasets` library opens, with its split and "
                       "configuration (#split=...&name=...)", "correct --vl-data") from error  # fmt: skip
