@@ -41,7 +41,9 @@ class Settings:
 def make_up(folder: Path, seed: int, image_px: int) -> str:
     """60 episodes of 50 frames of noise, as PNG in a LeRobotDataset."""
     names = tuple("xyzabcg")
-    with LeRobotWriter(folder / f"made-up-{seed}", 10, {"primary": (image_px, image_px)}, ("s",), names, "none") as writer:
+    with LeRobotWriter(
+        folder / f"made-up-{seed}", 10, {"primary": (image_px, image_px)}, ("s",), names, "none"
+    ) as writer:
         for number in range(60):
             rng = np.random.default_rng([seed, number])
             frames = rng.integers(0, 256, (50, image_px, image_px, 3), dtype=np.uint8)

@@ -166,7 +166,9 @@ def run(settings: Settings, suite: Suite) -> Path:
     device = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
     head = read_spec(policy_folder(settings.policy)).head
     if head is not None:
-        why = "which has no distribution to sample from" if head.kind == "l1" else "not token after token as RL scores it"
+        why = (
+            "which has no distribution to sample from" if head.kind == "l1" else "not token after token as RL scores it"
+        )
         raise problem(f"{settings.policy} with parallel decoding ({head.kind}), {why}", "a policy that answers token after token",
                       "fine-tune one with --head tokens, and start from that")  # fmt: skip
     policy = load_policy(settings.policy, device=device, temperature=settings.temperature, trainable=True)

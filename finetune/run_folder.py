@@ -33,7 +33,9 @@ def open_run(out: Path, settings: Any, data: Mapping[str, str] | None = None) ->
     if path.exists():
         if not settings.resume:
             raise problem(f"a run in {out}", "an empty folder", "pass --resume to continue it, or --overwrite")
-        theirs = json.loads(path.read_text())
+        defaults = {f.name: f.default for f in dataclasses.fields(settings) if f.default is not dataclasses.MISSING}
+        theirs = json.loads(json.dumps(defaults, default=str))  # the run may be older than a setting
+        theirs |= json.loads(path.read_text())
         changed = [name for name in mine if mine[name] != theirs.get(name)]
         if changed:
             shown = ", ".join(f"{n} {theirs.get(n)!r} -> {mine[n]!r}" for n in changed)

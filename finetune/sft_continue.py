@@ -85,7 +85,7 @@ def _fresh_adapter(
     make_trainable(
         backbone, settings.method, dtype=DTYPES[dtype], device=device, r=settings.lora_r, alpha=settings.lora_alpha,
         dropout=settings.lora_dropout, parts=settings.lora_parts, init=settings.lora_init,
-        train_ids=Placement.load(spec.tokens.placement).ids if own_rows else (),
+        train_ids=_own_ids(spec) if own_rows else (),
     )  # fmt: skip
     if spec.head is not None:
         read_parts(folder / HEAD_FOLDER, backbone.model, spec.head, spec.action.dim, torch.float32)
@@ -94,6 +94,12 @@ def _fresh_adapter(
         source, backbone.config.model_type, "adapter", revision, found, quantization="nf4" if packed else "none"
     )
     return backbone, base
+
+
+def _own_ids(spec: PolicySpec) -> tuple[int, ...]:
+    """Of the actions and of the numbers in the prompt, which may be the same."""
+    placements = [place for place in (spec.tokens.placement, spec.prompt.number_ids) if place]
+    return tuple(dict.fromkeys(int(i) for place in placements for i in Placement.load(place).ids))
 
 
 def policy_on_lora(

@@ -244,7 +244,9 @@ class Settings:
             raise problem("--stop-token with loss_over 'actions'", "loss_over 'vocabulary': the end of a text is no action",
                           "drop one of them")  # fmt: skip
         if ALL_LINEAR in self.lora_parts and self.method == "full":
-            raise problem(f"--lora-parts {ALL_LINEAR} with --method full", "the parts that train", "pass --lora-parts all")
+            raise problem(
+                f"--lora-parts {ALL_LINEAR} with --method full", "the parts that train", "pass --lora-parts all"
+            )
         if self.clip_norm < 0:
             raise problem(f"clip_norm {self.clip_norm:g}", "a limit above 0, or 0 for none", "correct --clip-norm")
         if self.frames_turned and not self.protocol:
@@ -276,11 +278,15 @@ class Settings:
         if self.vl_data and not (self.vl_weight > 0 and self.vl_batch_size >= 1):
             raise problem(f"vl_weight {self.vl_weight}, vl_batch_size {self.vl_batch_size} with --vl-data",
                           "a weight above 0, at least one row", "correct them, or drop --vl-data")  # fmt: skip
-        if self.language_motion and not (self.motion_weight > 0 and self.motion_lookahead >= 0 and 0 < self.motion_threshold <= 1):
+        if self.language_motion and not (
+            self.motion_weight > 0 and self.motion_lookahead >= 0 and 0 < self.motion_threshold <= 1
+        ):
             raise problem(f"motion_weight {self.motion_weight:g}, motion_lookahead {self.motion_lookahead}, motion_threshold "
                           f"{self.motion_threshold:g}", "a weight above 0, a count, 0 < motion_threshold <= 1", "correct it")  # fmt: skip
         if not self.language_motion and (self.motion_words or self.motion_template or self.motion_lookahead):
-            raise problem("settings of motions without --language-motion", "both", "pass --language-motion, or drop them")
+            raise problem(
+                "settings of motions without --language-motion", "both", "pass --language-motion, or drop them"
+            )
         if not self.holdout_episodes and (self.patience or self.policy_from == "best"):
             raise problem(f"patience {self.patience}, policy_from {self.policy_from!r} with holdout_episodes 0",
                           "held-out episodes, which decide what is best", "pass --holdout-episodes 1")  # fmt: skip
@@ -323,8 +329,9 @@ PRESETS = {
     ),
     # OpenVLA-OFT's recipe for LIBERO (moojink/openvla-oft@213c5ff, vla-scripts/finetune.py and LIBERO.md): L1 regression, state,
     # third-person and wrist camera, chunks of 8, LoRA r 32 alpha 16 on all linear layers, 5e-4 falling to 5e-5 after 100,000 of
-    # 150,000 steps, no clipping, batch 8 on each of 8 GPUs (62 GB each, as they report), random crops. The head trains in
-    # float32 where theirs is in bfloat16. RLDS data of theirs is turned already: add --frames-turned. Not measured at full size.
+    # 150,000 steps, no clipping, batch 8 on each of 8 GPUs, random crops. They report 62 GB each; the estimate here is 53 GB,
+    # and 22 GB with --gradient-checkpointing. What trains is float32, where their head is bfloat16. RLDS data of theirs is
+    # turned already: add --frames-turned. Not measured at full size.
     "openvla-oft": Settings(
         data=(), out=Path("runs/oft"), backbone="openvla/openvla-7b", protocol="oft", augment=True,
         cameras=("agentview=agentview|primary|image", "wrist=wrist|wrist_image|image2"),

@@ -159,7 +159,9 @@ def test_import_refuses_what_it_cannot_know(copy, tmp_path):
     with pytest.raises(VlaError, match="no statistics in .*dataset_statistics.json"):
         run(Settings(str(copy), out))
     (copy / "action_head--150000_checkpoint.pt").touch()
-    with pytest.raises(VlaError, match="action_head--150000_checkpoint.pt: .*expected a state dict that torch.save wrote"):
+    with pytest.raises(
+        VlaError, match="action_head--150000_checkpoint.pt: .*expected a state dict that torch.save wrote"
+    ):
         run(Settings(str(copy), out))
     assert not out.exists()
 

@@ -23,6 +23,7 @@ from training import fake_dataset, in_process, sft_settings, tiny_backbone
 
 from vla.files import read_jsonl, write_bytes
 from vla.finetune import checkpoint, sft
+from vla.finetune.run_folder import open_run
 from vla.finetune.sft_batch import seed_step
 from vla.types import VlaError
 
@@ -238,3 +239,14 @@ def test_resume_wants_the_data_it_began_with(folder, tmp_path):
     (out / "data.json").write_text(json.dumps({"fake": "0" * 16}))
     with pytest.raises(VlaError, match=r"fake with other episodes.*data.json says; expected the same data"):
         sft.run(dataclasses.replace(settings, resume=True))
+
+
+def test_a_run_that_is_older_than_a_setting_goes_on(folder, tmp_path):
+    out = tmp_path / "run"
+    settings = settings_of(folder, out, steps=2)
+    open_run(out, settings)
+    written = json.loads((out / "settings.json").read_text())
+    (out / "settings.json").write_text(json.dumps({k: v for k, v in written.items() if k != "shuffle_window"}))
+    open_run(out, dataclasses.replace(settings, resume=True))
+    with pytest.raises(VlaError, match="other settings than .*: lr 0.003 -> 0.1"):
+        open_run(out, dataclasses.replace(settings, resume=True, lr=0.1))

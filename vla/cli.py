@@ -200,7 +200,8 @@ def call(program: Program, settings: Any) -> Any:
 
 def _hush_libraries() -> None:
     """What libraries say of one another, in every run, that no user can act on."""
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT asks transformers
+    asked_by_peft = "`is_gradient_checkpointing` is deprecated"
+    warnings.filterwarnings("ignore", asked_by_peft, FutureWarning)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional kernel is not installed
 
 

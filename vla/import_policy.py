@@ -23,6 +23,7 @@ import numpy as np
 import tyro
 
 from vla.backbone import DTYPES, fingerprint, load_backbone
+from vla.hub_policy import HTTP_ERROR, explained
 from vla.libero_protocol import action_fields, get_protocol, image_spec
 from vla.normalize import Statistics, action_normalizer, choose_key
 from vla.openvla.adapter import attach_adapter
@@ -31,6 +32,7 @@ from vla.openvla.config import OpenVlaConfig
 from vla.openvla.film_file import load_vision_backbone
 from vla.openvla.oft_import import (
     ADAPTER_FOLDER,
+    PATTERNS,
     Kind,
     OftFiles,
     Platform,
@@ -39,7 +41,6 @@ from vla.openvla.oft_import import (
     lora_alone,
     platform_of,
     read_heads,
-    wanted_of,
 )
 from vla.openvla.oft_model import attach, inner
 from vla.policy import LocalPolicy
@@ -148,10 +149,12 @@ def _oft_files(settings: Settings, folder: Path) -> OftFiles:
         raise problem(f"{folder} with a LoRA and no model", "the base that the LoRA was trained on, and the LoRA",
                       f"vla import openvla/openvla-7b --adapter {folder / ADAPTER_FOLDER}")  # fmt: skip
     if settings.heads is None and settings.adapter is None and not Path(settings.source).is_dir():
-        from huggingface_hub import hf_hub_download, list_repo_files
+        from huggingface_hub import snapshot_download
 
-        for name in wanted_of(list_repo_files(settings.source, revision=folder.name)):
-            hf_hub_download(settings.source, name, revision=folder.name)
+        try:
+            snapshot_download(settings.source, revision=folder.name, allow_patterns=list(PATTERNS))
+        except (HTTP_ERROR, OSError, ValueError) as error:
+            raise explained(error, f"{settings.source}@{folder.name}", "a checkpoint") from error
     return find_files(_heads_folder(settings, folder))
 
 

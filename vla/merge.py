@@ -155,7 +155,9 @@ def write_rest(
     """Everything of the policy directory besides its weights."""
     for part in ("processor", "tokenizer", *((HEAD_FOLDER,) if spec.head is not None else ())):
         if not (folder / part).is_dir():
-            raise problem(f"no {part}/ in {folder}", "all of a policy directory", "restore it from a copy of the policy")
+            raise problem(
+                f"no {part}/ in {folder}", "all of a policy directory", "restore it from a copy of the policy"
+            )
         shutil.copytree(folder / part, target / part, dirs_exist_ok=True)
     shutil.copytree(folder / "processor", target / "model", dirs_exist_ok=True)
     (target / TOKENIZER_FOLDER).mkdir(exist_ok=True)

@@ -14,7 +14,6 @@ normalised by. The authors take these from the command line, the latter two from
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -141,11 +140,6 @@ def state_names(n: int) -> tuple[str, ...]:
 def lora_alone(folder: Path) -> bool:
     """Whether a folder holds a LoRA and heads but no model."""
     return (folder / ADAPTER_FOLDER).is_dir() and not (folder / "config.json").is_file()
-
-
-def wanted_of(names: Collection[str]) -> list[str]:
-    """Of a repository's file names, those read here."""
-    return sorted(name for name in names if name.startswith(tuple(p.removesuffix("*") for p in PATTERNS)))
 
 
 def _check(path: Path, what: str, found: int, expected: int) -> None:
