@@ -56,8 +56,9 @@ from vla.finetune.sft_launch import (
 from vla.finetune.sft_memory import estimate_step, out_of_memory_said
 from vla.finetune.sft_model import ready_model, restore_scaler, scaler_state
 from vla.finetune.sft_motion import MotionTraining, describe_motions, label_samples, say_motions
+from vla.finetune.sft_presets import PRESETS
 from vla.finetune.sft_samples import Prepared, training_stream
-from vla.finetune.sft_settings import PRESETS, Settings
+from vla.finetune.sft_settings import Settings
 from vla.finetune.sft_setup import build_policy, describe, open_datasets, show_history
 from vla.finetune.sft_start import started
 from vla.finetune.sft_track import Trackers, check_trackers
@@ -180,7 +181,9 @@ class Loop:
                 if self.step % settings.save_every_steps == 0 or self.step == settings.steps or stop or self._stalled:
                     self._save()
                 share = row.get("action_token_accuracy")
-                progress.advance(1, f"loss {row['loss']:.3f}" + ("" if share is None else f"  token accuracy {share:.2f}"))
+                progress.advance(
+                    1, f"loss {row['loss']:.3f}" + ("" if share is None else f"  token accuracy {share:.2f}")
+                )
                 if stop:
                     self._close()
                     print(f"stopped at step {self.step}; the same command with --resume continues")
@@ -250,7 +253,9 @@ class Loop:
                     reshard(self.model)
                     if settings.free_running_samples:
                         with acting_alone(self.accelerator, self.model):
-                            figures |= free_running_figures(self.batches, self.accelerator, settings.free_running_samples)
+                            figures |= free_running_figures(
+                                self.batches, self.accelerator, settings.free_running_samples
+                            )
                     self._log({"step": self.step, **figures})
                     self._judge(figures["holdout_loss"])
             if self.suite is not None and (self.step % settings.eval_suite_every_steps == 0 or last):

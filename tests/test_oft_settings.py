@@ -16,7 +16,7 @@ from vla.finetune import sft
 from vla.finetune.data.data_convert import Settings as ConvertSettings
 from vla.finetune.data.data_convert import convert
 from vla.finetune.data.subset_source import SubsetSource, without_padding
-from vla.finetune.sft_settings import PRESETS
+from vla.finetune.sft_presets import PRESETS
 from vla.policy import load_policy
 from vla.types import Observation, VlaError
 
@@ -60,6 +60,8 @@ def test_the_preset(folder, tmp_path):
         ({"head": "tokens"}, "proprio True, film False with head 'tokens'"),
         ({"placement": "added"}, "placement 'added' with head 'l1'; expected placement tail"),
         ({"stop_token": True}, "--stop-token with head 'l1'"),
+        ({"language_motion": True}, "--language-motion with head 'l1'"),
+        ({"numbers_as": "tokens", "state": True}, "--numbers-as tokens with head 'l1'"),
         ({"state": True, "state_dropout": 0.5}, "--proprio with --state-dropout"),
         ({"schedule": "step"}, "schedule 'step' with decay_at_step 0"),
         ({"decay_at_step": 5}, "schedule 'cosine' with decay_at_step 5"),

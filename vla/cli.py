@@ -90,7 +90,7 @@ PROGRAMS = {
     "finetune": Program("vla.finetune.sft", "supervised fine-tuning with LoRA", needs="eval suite"),
     "rl": Program("vla.finetune.rl", "RL post-training from sparse success", needs="suite"),
     "import": Program(
-        "vla.import_policy", "a policy directory from a published OpenVLA checkpoint", has_words=True, begins_anew=True
+        "vla.import_policy", "a policy directory from an OpenVLA or OFT checkpoint", has_words=True, begins_anew=True
     ),
     "merge": Program("vla.merge", "merge an adapter into its base model", begins_anew=True),
     "card": Program(

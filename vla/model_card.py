@@ -134,7 +134,11 @@ def _summary(spec: PolicySpec, statistics: Statistics) -> list[tuple[str, str]]:
         ("chunk", f"{action.horizon} actions, {action.control_hz:g} Hz"),
         ("gripper", action.gripper_convention or "none"),
         *_head(spec),
-        *([("language motions", f"{len(spec.motion.phrases)} phrases, said before the actions")] if spec.motion else []),
+        *(
+            [("language motions", f"{len(spec.motion.phrases)} phrases, said before the actions")]
+            if spec.motion
+            else []
+        ),
         ("action tokens", f"{spec.tokens.scheme}, {spec.tokens.n_symbols} symbols, {spec.tokens.placement['kind']}"),
         ("statistics", ", ".join(f"`{key}`" for key in sorted(statistics))),
     ]

@@ -98,7 +98,9 @@ def _normalizer(
         raise problem(f"statistics of {key!r} for {q01.size} dimensions", f"{dim}, the policy's {size} size",
                       "use the statistics of the data the policy was trained on")  # fmt: skip
     if not (np.isfinite(q01).all() and np.isfinite(q99).all() and (q01 <= q99).all()):
-        raise problem(f"{low} {q01.tolist()}, {high} {q99.tolist()}", f"finite, {low} <= {high}", "recompute the statistics")
+        raise problem(
+            f"{low} {q01.tolist()}, {high} {q99.tolist()}", f"finite, {low} <= {high}", "recompute the statistics"
+        )
     return ActionNormalizer(q01, q99, mask)
 
 

@@ -103,7 +103,7 @@ def train_parts(model: Any) -> None:
         parameter.requires_grad_(True)
     if target.vision_backbone.film:
         train_film(target)
-    if target.output_head_idle:  # an imported LoRA may be on it: it would never get a gradient, which DDP does not allow
+    if target.output_head_idle:  # not a LoRA on it either: it would never get a gradient, which DDP does not allow
         target.get_output_embeddings().requires_grad_(False)
 
 
