@@ -152,7 +152,7 @@ class StreamedRows(VlSource):
 @contextlib.contextmanager
 def _told(address: Address) -> Iterator[None]:
     """What the `datasets` library raises becomes a `VlaError`."""
-    from datasets.exceptions import DatasetsError
+    from datasets.exceptions import DatasetsError  # pyright: ignore[reportMissingImports]
     from httpx import HTTPError
 
     try:
@@ -167,7 +167,7 @@ def _told(address: Address) -> Iterator[None]:
 
 def _opened(address: Address, seed: int) -> VlSource:
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise problem(f"{address.text} without the package datasets", "datasets", NEEDS_DATASETS) from error
     split, name, path = address.options.get("split", "train"), address.options.get("name"), Path(address.place)
@@ -248,7 +248,7 @@ def _table_row(row: Mapping[str, Any], layout: Layout, address: Address, which: 
 
 def _pixels(image: Any, where: str) -> np.ndarray:
     """A picture in one of the forms in which the library gives them."""
-    import datasets
+    import datasets  # pyright: ignore[reportMissingImports]
 
     try:
         if isinstance(image, bytes):
