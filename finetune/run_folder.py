@@ -13,12 +13,12 @@ from vla.files import read_jsonl, write_json, write_text
 from vla.types import problem
 
 
-def open_run(out: Path, settings: Any, data: Mapping[str, str] | None = None) -> None:
+def open_run(out: Path, settings: Any, data: Mapping[str, Mapping[str, str]] | None = None) -> None:
     """Claim a run folder: a new one, or the same run again with `resume`. Writes settings.json and data.json.
 
     Args:
-        data: dataset -> its `statistics_hash`. A run that goes on must find the data it began with, or the order of its
-            samples would be another.
+        data: dataset -> {"hash": its `data_hash`, "revision": its commit on the Hub}. A run that goes on must find the data
+            it began with.
 
     Raises:
         VlaError: the folder holds a run and neither `resume` nor `overwrite` was given, or it is another run.
@@ -43,16 +43,22 @@ def open_run(out: Path, settings: Any, data: Mapping[str, str] | None = None) ->
     _check_data(out / "data.json", data)
     write_json(path, mine)
     if data is not None:
-        write_json(out / "data.json", dict(data))
+        write_json(out / "data.json", {name: dict(row) for name, row in data.items()})
 
 
-def _check_data(path: Path, data: Mapping[str, str] | None) -> None:
+def data_revisions(out: Path) -> dict[str, str]:
+    """Dataset -> its commit on the Hub when the run in this folder began."""
+    path = out / "data.json"
+    return {name: row["revision"] for name, row in json.loads(path.read_text()).items()} if path.exists() else {}
+
+
+def _check_data(path: Path, data: Mapping[str, Mapping[str, str]] | None) -> None:
     if data is None or not path.exists():
         return
     theirs = json.loads(path.read_text())
     changed = [name for name in {**theirs, **data} if theirs.get(name) != data.get(name)]
     if changed:
-        raise problem(f"{', '.join(changed)} with other episodes, columns or names than {path} says", "the same data",
+        raise problem(f"{', '.join(changed)} with other episodes, numbers or names than {path} says", "the same data",
                       "restore it, or begin a new run in another --out")  # fmt: skip
 
 

@@ -36,7 +36,7 @@ from vla.finetune.checkpoint import (
 )
 from vla.finetune.curves import curves_page, plot_curves
 from vla.finetune.data.chunks import ChunkDataset
-from vla.finetune.data.statistics import statistics_hash
+from vla.finetune.data.statistics import data_hash
 from vla.finetune.data.vl_data import CoTraining, Mixture, open_mixture
 from vla.finetune.formats.bad_list import bad_summary, list_bad
 from vla.finetune.optimizers import make_optimizer
@@ -112,7 +112,8 @@ def run(settings: Settings, suite: Suite | None = None) -> Path:
         return settings.out
     with disk_full_said(settings.out):
         if accelerator.is_main_process:
-            open_run(settings.out, settings, {name: statistics_hash(source) for name, source in dataset.sources})
+            data = {name: {"hash": data_hash(source), "revision": source.revision} for name, source in dataset.sources}
+            open_run(settings.out, settings, data)
             list_bad(settings.out, dataset)
             save_tokenizer(policy.codec.tokenizer, settings.out / TOKENIZER_FOLDER)
         accelerator.wait_for_everyone()

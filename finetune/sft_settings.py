@@ -305,8 +305,9 @@ class Settings:
             ("--numbers-as tokens", self.numbers_as == "tokens"),
         ):  # fmt: skip
             if value:
+                fix = "pass --no-stop-token" if name == "--stop-token" else f"drop {name}"
                 raise problem(f"{name} with head {self.head!r}", "one of them: parallel decoding has actions alone, and words",
-                              f"drop {name}, or pass --head tokens")  # fmt: skip
+                              f"{fix}, or pass --head tokens")  # fmt: skip
         if self.proprio and self.state_dropout:
             raise problem("--proprio with --state-dropout", "a state for every sample: its token cannot be left out",
                           "drop one of them")  # fmt: skip

@@ -16,6 +16,7 @@ from vla.finetune.data.open_source import open_sources
 from vla.finetune.data.statistics import constant_warnings, dataset_statistics
 from vla.finetune.data.subset_source import without_padding
 from vla.finetune.formats.source import FrameSource
+from vla.finetune.run_folder import data_revisions
 from vla.finetune.sft_continue import OPENVLA_TOKENS, continued_policy, policy_on_lora
 from vla.finetune.sft_settings import Settings
 from vla.finetune.sft_start import acting_key, check_data, joined_statistics, read_start
@@ -56,7 +57,8 @@ def open_datasets(settings: Settings) -> tuple[ChunkDataset, dict[str, Any]]:
     """The training samples, and each dataset's statistics."""
     if not settings.data:
         raise problem("no dataset", "at least one dataset folder, file or address", "pass --data FOLDER")
-    sources, weights = open_sources(settings.data, settings.weights, settings.skip_bad)
+    revisions = data_revisions(settings.out) if settings.resume else None
+    sources, weights = open_sources(settings.data, settings.weights, settings.skip_bad, revisions)
     far = [source.where for source in sources if source.in_order]
     if far and not settings.shuffle_window:
         raise problem(f"{far[0]} with only some of its files on the disk, and a shuffle over all of it",

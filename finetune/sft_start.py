@@ -29,12 +29,13 @@ from vla.finetune.data.camera_map import policy_name
 from vla.finetune.formats.source import FrameSource
 from vla.finetune.sft_settings import Settings
 from vla.hub_policy import HTTP_ERROR, PREFIX, explained, names_repository, policy_folder
+from vla.libero_protocol import get_protocol, image_spec
 from vla.normalize import ActionNormalizer, Statistics, action_normalizer, choose_key
 from vla.openvla.checkpoint import local_folder, read_config
 from vla.openvla.checkpoint import read_statistics as checkpoint_statistics
 from vla.openvla.config import OpenVlaConfig
 from vla.policy_files import STATISTICS_FILE, read_statistics
-from vla.spec import FILE, TOKENIZER_FOLDER, PolicySpec, read_spec
+from vla.spec import FILE, TOKENIZER_FOLDER, ImageSpec, PolicySpec, read_spec
 from vla.types import problem
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -43,7 +44,7 @@ MARKS: dict[Kind, str] = {"policy": FILE, "adapter": ADAPTER_CONFIG}
 """The file by which each is known; a checkpoint is what has neither."""
 TOLD = (
     "method", "lora_r", "lora_alpha", "lora_dropout", "horizon", "head", "state", "proprio", "history", "numbers_as", "crop_area",
-    "rotation_deg", "delta", "normalization",
+    "rotation_deg", "delta", "normalization", "stop_token", "backbone",
 )  # fmt: skip
 """Settings whose change is said; the others are names and paths."""
 CLIPPED = 0.2
@@ -82,8 +83,8 @@ def read_start(settings: Settings) -> Start:
         raise problem(f"head {settings.head!r} with a LoRA of OpenVLA's script", "a LoRA that answers in tokens",
                       "import it with its head (`vla import`), and start from that policy")  # fmt: skip
     if adapter is not None and config is None:
-        raise problem(f"the LoRA {settings.from_} with backbone {source!r}", "the OpenVLA it was trained on",
-                      "pass --backbone openvla/openvla-7b, or the folder of that checkpoint")  # fmt: skip
+        raise problem(f"the LoRA {settings.from_} with backbone {source!r}, which is no OpenVLA or cannot be had now",
+                      "the OpenVLA it was trained on", "pass --backbone openvla/openvla-7b, or the folder of that checkpoint")  # fmt: skip
     if config is None or folder is None:
         return Start()
     statistics = _beside(adapter) or checkpoint_statistics(folder, config)
@@ -147,12 +148,14 @@ def check_data(start: Start, source: FrameSource, entry: dict[str, Any]) -> None
     if action.gripper_dim is not None and gripper != action.gripper_dim:
         raise problem(f"{source.name} with " + ("no gripper within [-1, 1]" if gripper is None else f"the gripper at {gripper}"),
                       f"one at {action.gripper_dim}, as the policy has", "bring the data's actions into the policy's form")  # fmt: skip
-    if (
-        action.gripper_dim is not None
-        and action.gripper_range == "unit"
-        and source.actions()[:, action.gripper_dim].min() < 0
-    ):
-        raise problem(f"{source.name} with a gripper of -1..1", "0..1, as the policy has", "bring the data's into that range")  # fmt: skip
+    if action.gripper_dim is not None:
+        low = source.actions()[:, action.gripper_dim].min()
+        lows = [old["action"]["min"][action.gripper_dim] for old in start.statistics.values() if "min" in old["action"]]
+        if low < 0 and (action.gripper_range == "unit" or min(lows, default=-1) >= 0):
+            raise problem(f"{source.name} with a gripper of -1..1", "0..1, as the policy has", "bring the data's into that range")  # fmt: skip
+        if low >= 0 > min(lows, default=0):
+            print(f"warning: the gripper of {source.name} is never below 0, that of the policy's data is: is it 0..1 here and -1..1 there?",
+                  file=sys.stderr)  # fmt: skip
     if states and source.state_dim != len(states):
         raise problem(f"{source.state_dim} state dimensions in {source.name}", f"{len(states)}, as the policy is shown: "
                       f"{', '.join(states)}", "a policy goes on with data of the same robot")  # fmt: skip
@@ -172,9 +175,9 @@ def _of_policy(settings: Settings, spec: PolicySpec, folder: Path) -> dict[str, 
     if settings.augment and spec.image.crop_area == 1.0:
         raise problem("--augment with a policy that crops nothing when it acts", "one with a centre crop, which stands for "
                       "the random crops", "pass --no-augment")  # fmt: skip
-    if settings.protocol:
-        raise problem(f"protocol {settings.protocol} with --from a policy", "the policy's own pictures and gripper",
-                      "drop --protocol")  # fmt: skip
+    if settings.protocol and spec.image != _protocol_image(settings, spec):
+        raise problem(f"protocol {settings.protocol} with --from a policy of other pictures", "the policy's own pictures and "
+                      "gripper", "pass --protocol ''")  # fmt: skip
     named = tuple(policy_name(text) for text in settings.cameras)
     if settings.cameras and named != spec.image.cameras:
         raise problem(f"cameras {', '.join(named)}", f"{', '.join(spec.image.cameras)}, as the policy sees",
@@ -182,7 +185,11 @@ def _of_policy(settings: Settings, spec: PolicySpec, folder: Path) -> dict[str, 
     gripper = (
         None if spec.action.gripper_dim is None else LAST if settings.gripper_dim is None else settings.gripper_dim
     )
-    tokenizer, prompt, head = folder / TOKENIZER_FOLDER, spec.prompt, spec.head
+    prompt, head = spec.prompt, spec.head
+    tokenizer = str(folder / TOKENIZER_FOLDER) if (folder / TOKENIZER_FOLDER).is_dir() else spec.tokens.scheme
+    if settings.tokenizer not in (Settings.tokenizer, spec.tokens.scheme, tokenizer):
+        raise problem(f"tokenizer {settings.tokenizer} with --from a policy", f"{spec.tokens.scheme}, whose tokens it speaks",
+                      "drop --tokenizer, or start from the policy's backbone")  # fmt: skip
     return {
         "cameras": settings.cameras or spec.image.cameras, "image_size_px": spec.image.size_px,
         "crop_area": spec.image.crop_area, "rotation_deg": spec.image.rotation_deg, "horizon": spec.action.horizon,
@@ -190,10 +197,18 @@ def _of_policy(settings: Settings, spec: PolicySpec, folder: Path) -> dict[str, 
         "history": prompt.history, "history_dropout": settings.history_dropout if prompt.history_optional else 0.0,
         "numbers_as": prompt.numbers_as, "template": prompt.template, "gripper_dim": gripper, "delta": spec.action.delta,
         "head": head.kind if head else "tokens", "proprio": bool(head and head.state_names), "film": bool(head and head.film),
-        "normalization": spec.action.normalization, "placement": "auto",
+        "normalization": spec.action.normalization, "placement": "auto", "protocol": "", "frames_turned": False,
+        "stop_token": settings.stop_token and head is None,
         "language_motion": settings.language_motion or spec.motion is not None,
-        "tokenizer": str(tokenizer) if tokenizer.is_dir() else spec.tokens.scheme, "backbone": spec.backbone.source,
+        "tokenizer": tokenizer, "backbone": spec.backbone.source,
     }  # fmt: skip
+
+
+def _protocol_image(settings: Settings, spec: PolicySpec) -> ImageSpec:
+    """The protocol's pictures, by the settings that vary them."""
+    return image_spec(
+        get_protocol(settings.protocol), spec.image.cameras, random_crops=settings.augment, frames_turned=settings.frames_turned
+    )  # fmt: skip
 
 
 def _of_adapter(settings: Settings, start: Start) -> dict[str, Any]:

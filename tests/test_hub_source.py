@@ -141,6 +141,51 @@ def test_what_an_earlier_process_left_is_deleted(server, tmp_path):
     )
 
 
+def test_what_an_older_commit_left_is_deleted(server, tmp_path, monkeypatch):
+    address = "toy/libero/libero_goal#cache_gb=0"
+    source = open_source(address)
+    source.images(0)
+    source._cached.close()  # as that process ends
+    del source
+    for k in range(3):
+        write_hdf5(server.root / f"toy/libero/libero_goal/task_{k}_demo.hdf5", {"demo_0": 2, "demo_1": 3}, seed=k + 5)
+    monkeypatch.setattr(test_hub, "COMMIT", "1" * 40)
+    open_source(address, skip_bad=True)
+    assert not on_disk(tmp_path)
+
+
+def test_a_file_that_another_commit_shares_is_left_alone(server, tmp_path, monkeypatch):
+    open_source("hf://datasets/toy/libero/libero_goal").images(0)  # whole, as the user wants it
+    before = on_disk(tmp_path)
+    monkeypatch.setattr(test_hub, "COMMIT", "1" * 40)  # which changes another file of the repository
+    open_source("toy/libero/libero_goal#cache_gb=0")
+    assert on_disk(tmp_path) == before and len(before) == 3
+
+
+def hold_nothing(source: FrameSource, tell, stop) -> None:
+    source.images(len(source) - 1)
+    tell.set()
+    stop.wait(60)
+
+
+def test_a_forked_process_does_not_hold_what_its_parent_had_open(server, tmp_path):
+    source = open_source("toy/libero/libero_goal#cache_gb=0")
+    source.images(0)
+    context = multiprocessing.get_context("fork")
+    tell, stop = context.Event(), context.Event()
+    job = context.Process(target=hold_nothing, args=(source, tell, stop))
+    job.start()
+    try:
+        assert tell.wait(60)
+        assert on_disk(tmp_path) == ["task_0_demo.hdf5", "task_2_demo.hdf5"]
+        source.images(7)  # the parent goes on to another file
+        assert on_disk(tmp_path) == ["task_1_demo.hdf5", "task_2_demo.hdf5"]
+    finally:
+        stop.set()
+        job.join(60)
+    assert job.exitcode == 0
+
+
 def test_damaged_or_stale_index(server, tmp_path):
     wanted = open_source(FIXTURES / "lerobot_v21_image").actions()
     open_source("toy/v21_image#cache_gb=0")
@@ -207,3 +252,14 @@ def test_addresses(server, tmp_path):
     (server.root / "toy/texts/a.txt").write_text("a")
     with pytest.raises(VlaError, match=r"toy/texts@main with a.txt; expected meta/info.json .LeRobot."):
         open_source("toy/texts#cache_gb=1")
+
+
+def test_a_run_goes_on_at_the_commit_it_began_with(server, tmp_path):
+    for address in ("toy/v21_image", "toy/v21_image#cache_gb=0"):
+        source = open_source(address)
+        assert source.revision == test_hub.COMMIT
+        again = open_source(address, revisions={"v21_image": test_hub.COMMIT, "other": "f" * 40})
+        assert again.revision == test_hub.COMMIT and test_hub.COMMIT in str(again.where)
+        with pytest.raises(VlaError, match=r"no revision 'ffff"):
+            open_source(address, revisions={"v21_image": "f" * 40})
+        assert open_source(address.replace("image", "image@v3.0"), revisions={"v21_image": "f" * 40}).revision

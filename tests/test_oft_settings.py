@@ -6,6 +6,7 @@ import json
 import numpy as np
 import openvla_tiny as tiny
 import pytest
+from oft_tiny import write_oft
 from sources import ArraySource
 from test_oft_train import FRAMES, settings_of
 from training import fake_dataset, tiny_backbone
@@ -17,6 +18,7 @@ from vla.finetune.data.data_convert import Settings as ConvertSettings
 from vla.finetune.data.data_convert import convert
 from vla.finetune.data.subset_source import SubsetSource, without_padding
 from vla.finetune.sft_presets import PRESETS
+from vla.finetune.sft_start import started
 from vla.policy import load_policy
 from vla.types import Observation, VlaError
 
@@ -59,7 +61,7 @@ def test_the_preset(folder, tmp_path):
     [
         ({"head": "tokens"}, "proprio True, film False with head 'tokens'"),
         ({"placement": "added"}, "placement 'added' with head 'l1'; expected placement tail"),
-        ({"stop_token": True}, "--stop-token with head 'l1'"),
+        ({"stop_token": True}, "--stop-token with head 'l1'.*fix: pass --no-stop-token, or pass --head tokens"),
         ({"language_motion": True}, "--language-motion with head 'l1'"),
         ({"numbers_as": "tokens", "state": True}, "--numbers-as tokens with head 'l1'"),
         ({"state": True, "state_dropout": 0.5}, "--proprio with --state-dropout"),
@@ -100,3 +102,20 @@ def test_learning_rate_falls_once():
     assert rates == pytest.approx([5e-4, 5e-4, 5e-5, 5e-5])
     assert (settings.head, settings.proprio, settings.horizon, len(settings.cameras)) == ("l1", True, 8, 2)
     assert json.loads(json.dumps(dataclasses.asdict(settings), default=str))["schedule"] == "step"
+
+
+def test_presets_go_on_with_an_imported_policy(tmp_path):
+    """A user of a preset cannot drop what it sets: the policy decides, and what contradicts its pictures is said."""
+    source = write_oft(tmp_path / "source")
+    policy = import_policy.run(import_policy.Settings(str(source), tmp_path / "oft", protocol="oft", dtype="float32"))
+    for preset in ("openvla", "openvla-oft"):
+        cameras = ("agentview=front", "wrist")
+        found = started(dataclasses.replace(PRESETS[preset], data=("x",), from_=str(policy), cameras=cameras))
+        assert (found.protocol, found.stop_token, found.head, found.proprio) == ("", False, "l1", True)
+        assert (found.crop_area, found.rotation_deg, found.horizon, found.cameras) == (0.9, 180, 8, cameras)
+        assert started(found) == found
+    turned = dataclasses.replace(PRESETS["openvla-oft"], data=("x",), from_=str(policy), frames_turned=True)
+    with pytest.raises(VlaError, match="protocol oft with --from a policy of other pictures.*pass --protocol ''"):
+        started(turned)
+    with pytest.raises(VlaError, match="tokenizer fast with --from a policy; expected uniform"):
+        started(dataclasses.replace(turned, protocol="", frames_turned=False, tokenizer="fast"))

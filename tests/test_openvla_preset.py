@@ -284,7 +284,10 @@ def test_settings_that_a_policy_cannot_follow(folder, tmp_path, changes, text):
 def test_sources_that_are_refused(folder, owned, tmp_path):
     with pytest.raises(VlaError, match="method dora with an adapter trained by lora; expected lora, or merged weights"):
         started(recipe(folder, folder / "x", from_=str(owned["adapter"]), method="dora"))
-    with pytest.raises(VlaError, match="LoRA .*lora with backbone 'tiny'; expected the OpenVLA it was trained on"):
+    with pytest.raises(
+        VlaError,
+        match="LoRA .*lora with backbone 'tiny', which is no OpenVLA or cannot be had now; expected the OpenVLA it was trained on",
+    ):
         read_start(recipe(folder, folder / "x", from_=str(folder / "lora"), backbone="tiny"))
     with pytest.raises(VlaError, match="'nowhere'; expected 'tiny', a checkpoint folder"):
         sft.run(recipe(folder, folder / "x", from_="nowhere"))

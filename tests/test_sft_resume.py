@@ -235,8 +235,8 @@ def test_resume_wants_the_data_it_began_with(folder, tmp_path):
     settings = settings_of(folder, out, steps=2)
     sft.run(settings)
     found = json.loads((out / "data.json").read_text())
-    assert list(found) == ["fake"] and len(found["fake"]) == 16
-    (out / "data.json").write_text(json.dumps({"fake": "0" * 16}))
+    assert list(found) == ["fake"] and len(found["fake"]["hash"]) == 16 and found["fake"]["revision"] == ""
+    (out / "data.json").write_text(json.dumps({"fake": {"hash": "0" * 16, "revision": ""}}))
     with pytest.raises(VlaError, match=r"fake with other episodes.*data.json says; expected the same data"):
         sft.run(dataclasses.replace(settings, resume=True))
 

@@ -17,6 +17,7 @@ from vla.finetune.data.statistics import (
     action_mask,
     constant_dimensions,
     constant_warnings,
+    data_hash,
     dataset_statistics,
     read_statistics,
     statistics_hash,
@@ -243,6 +244,15 @@ def test_openvla_reads_the_file_as_it_is(tmp_path):
     unnormalized = np.where(mask, 0.5 * (np.zeros(7) + 1) * (high - low) + low, np.zeros(7))
     np.testing.assert_allclose(unnormalized[:6], (high + low)[:6] / 2)
     assert unnormalized[6] == 0 and len(stats["q01"]) == 7
+
+
+def test_hash_of_the_data():
+    source, other = toy_source(), toy_source()
+    assert data_hash(source) == data_hash(other) != statistics_hash(source)
+    other.revision = "abc"
+    assert data_hash(source) != data_hash(other)
+    source._actions[0, 0] += 1
+    assert data_hash(source) != data_hash(toy_source())
 
 
 def test_hash_over_declared_fields():

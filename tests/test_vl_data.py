@@ -358,6 +358,10 @@ def test_parquet_files_and_folders(hf, tmp_path):
     assert open_vl_source(f"{tmp_path / 'splits'}#split=test", 0).row(4).answer == "number 0"
     with pytest.raises(VlaError, match="no split 'val'; expected one of train, test"):
         open_vl_source(f"{tmp_path / 'splits'}#split=val", 0)
+    part = open_vl_source(f"{tmp_path / 'rows.parquet'}#split=train[:3]", 0)
+    assert sorted(part.row(k).answer for k in range(3)) == ["number 0", "number 1", "number 2"]
+    with pytest.raises(VlaError, match='rows.parquet#split=val: Unknown split "val"'):
+        open_vl_source(f"{tmp_path / 'rows.parquet'}#split=val", 0)
 
 
 def test_columns_are_guessed_or_named_or_listed(hf, tmp_path):

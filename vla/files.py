@@ -21,7 +21,8 @@ class UnwritableError(VlaError, OSError):
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write to a temporary name beside `path`, fsync, rename over it. Creates the parent folder.
+    """Write to a temporary name beside `path`, fsync, rename over it. Creates the parent folder. What is no ordinary file,
+    as /dev/null, stays what it is and is written to.
 
     Raises:
         UnwritableError: there is a folder of that name, or its folder cannot be made or written.
@@ -32,6 +33,9 @@ def write_bytes(path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.exists() and not path.is_file():
+            path.write_bytes(data)
+            return
         opened = open(temporary, "wb")
     except OSError as error:
         if error.errno not in _NO_PLACE:

@@ -17,7 +17,8 @@ Only RLDS datasets have splits; without `#split=` it is all of `train`. An RLDS 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from vla.finetune.data.open_folder import open_folder
@@ -29,12 +30,15 @@ _OPTION = re.compile(r"(?P<address>.+)#(?P<option>split|cache_gb)=(?P<value>.*)"
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[^/]+)?")
 
 
-def open_source(text: str | Path, *, name: str | None = None, skip_bad: bool = False) -> FrameSource:
+def open_source(
+    text: str | Path, *, name: str | None = None, skip_bad: bool = False, revisions: Mapping[str, str] | None = None
+) -> FrameSource:
     """The dataset that `text` names, whatever its format.
 
     Args:
         name: its `unnorm_key`; None: the folder's or file's name.
         skip_bad: leave out, count and list (`FrameSource.bad`) the episodes that cannot be used: see `without_bad`.
+        revisions: name of a dataset -> the commit to open, where it is on the Hub and its address names none.
 
     Raises:
         VlaError: nothing there, or no format that is known (what was looked for is listed), or the reader's own.
@@ -42,9 +46,9 @@ def open_source(text: str | Path, *, name: str | None = None, skip_bad: bool = F
     address, option, value = _option_of(str(text))
     path, split = Path(address), value if option else None
     if option == "cache_gb":
-        return _streamed(address, name, value, skip_bad)
+        return _streamed(_pinned(address, name, revisions), name, value, skip_bad)
     if address.startswith("hf://") or (not path.exists() and _HUB.fullmatch(address)):
-        found = _from_hub(address, name, split, skip_bad)
+        found = _from_hub(_pinned(address, name, revisions), name, split, skip_bad)
         return without_bad(found) if skip_bad else found
     if not path.exists():
         raise problem(f"no {path}", "a dataset's folder or file, OWNER/NAME or hf://datasets/OWNER/NAME of the Hub",
@@ -54,13 +58,17 @@ def open_source(text: str | Path, *, name: str | None = None, skip_bad: bool = F
 
 
 def open_sources(
-    texts: Sequence[str | Path], weights: Sequence[float] = (), skip_bad: bool = False
+    texts: Sequence[str | Path],
+    weights: Sequence[float] = (),
+    skip_bad: bool = False,
+    revisions: Mapping[str, str] | None = None,
 ) -> tuple[list[FrameSource], list[float] | None]:
     """Several datasets, and how much a frame of each weighs; None if every frame weighs the same.
 
     Args:
         texts: each as in `open_source`, or "oxe:MIXTURE@FOLDER": the datasets of a mixture of OpenVLA, with its weights.
         weights: one per text; a mixture's own are multiplied by its.
+        revisions: as in `open_source`.
 
     Raises:
         VlaError: another number of weights, an unknown mixture, one of its datasets is not in FOLDER, two datasets of
@@ -71,7 +79,7 @@ def open_sources(
     sources, found = [], []
     for text, weight in zip(texts, weights or [1.0] * len(texts), strict=True):
         rows = _mixture(str(text)) if str(text).startswith("oxe:") else [(text, 1.0)]
-        sources += [open_source(address, skip_bad=skip_bad) for address, _ in rows]
+        sources += [open_source(address, skip_bad=skip_bad, revisions=revisions) for address, _ in rows]
         found += [weight * own for _, own in rows]
     names = [source.name for source in sources]
     for name in names:
@@ -109,6 +117,17 @@ def _option_of(text: str) -> tuple[str, str, str]:
         raise problem(f"{text!r}", "PATH#split=SPLIT, e.g. #split=train[:95%], or OWNER/NAME#cache_gb=GB",
                       "correct what follows the #")  # fmt: skip
     return text, "", ""
+
+
+def _pinned(address: str, name: str | None, revisions: Mapping[str, str] | None) -> str:
+    """The address with the commit that is asked for, unless it names one."""
+    from vla.finetune.formats.hub import HubAddress, parse_address
+
+    if not revisions or Path(address).exists():
+        return address
+    found = parse_address(address)
+    commit = revisions.get(name or found.name)
+    return str(replace(found, revision=commit)) if commit and found.revision == HubAddress.revision else address
 
 
 def _streamed(address: str, name: str | None, cache_gb: str, skip_bad: bool) -> FrameSource:

@@ -151,6 +151,15 @@ def statistics_hash(source: FrameSource, declared: Mapping[str, Any] | None = No
     return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+def data_hash(source: FrameSource) -> str:
+    """16 hex digits that change with the actions and states too, and with the commit of a dataset on the Hub."""
+    found = hashlib.sha256(f"{statistics_hash(source)} {source.revision}".encode())
+    for rows in (source.actions(), source.states()):
+        if rows is not None:
+            found.update(np.ascontiguousarray(rows).data)
+    return found.hexdigest()[:16]
+
+
 def write_statistics(path: Path, value: Statistics) -> None:
     """Write `value` to `path` after the checks of `read_statistics`."""
     check_statistics(value, str(path))

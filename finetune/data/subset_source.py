@@ -38,6 +38,7 @@ class SubsetSource(FrameSource):
             source.check_camera(camera)
         self.cameras = source.cameras if cameras is None else tuple(cameras)
         self.name, self.where, self.fps, self.bad = source.name, source.where, source.fps, source.bad
+        self.revision, self.in_order = source.revision, source.in_order
         self.gripper, self.empty, self.in_order = source.gripper, source.empty, source.in_order
         self._columns = list(range(source.state_dim) if states is None else states)
         self.action_names = source.action_names

@@ -177,7 +177,7 @@ def _opened(address: Address, seed: int) -> VlSource:
                 address.place, name, split=split, revision=address.revision, streaming=True
             )
         elif path.is_file():
-            table = datasets.load_dataset("parquet", data_files=str(path), split="train")
+            table = datasets.load_dataset("parquet", data_files=str(path), split=split)  # all is `train`
         elif (path / "state.json").is_file():
             table = datasets.load_from_disk(str(path))
         elif (path / "dataset_dict.json").is_file():

@@ -117,9 +117,13 @@ def open_hub(text: str, name: str | None = None, skip_bad: bool = False) -> Fram
     address = parse_address(text)
     listing = list_files(address)
     if INFO in listing.names:
-        return open_lerobot(address, listing, name, skip_bad)
+        found: FrameSource = open_lerobot(address, listing, name, skip_bad)
+        found.revision = listing.commit
+        return found
     paths = [download(address, file, listing.commit) for file in _wanted(address, listing)]
-    return open_folder(_root_of(address, listing, paths[0]), name=name or address.name, skip_bad=skip_bad)
+    found = open_folder(_root_of(address, listing, paths[0]), name=name or address.name, skip_bad=skip_bad)
+    found.revision = listing.commit
+    return found
 
 
 def list_files(address: HubAddress) -> Listing:
@@ -167,7 +171,7 @@ def _wanted(address: HubAddress, listing: Listing) -> list[str]:
     found = [name for name in listing.names if name.endswith(kinds) or (is_rlds and ".tfrecord-" in name)]
     if not found:
         raise problem(f"{address} with {some_of(listing.names)}", f"{INFO} (LeRobot), *.hdf5 (LIBERO) or dataset_info.json "
-                      "(RLDS)", "name the folder that holds one dataset: OWNER/NAME/FOLDER")  # fmt: skip
+                      "(RLDS)", f"name the folder that holds one dataset: {PREFIX}OWNER/NAME/FOLDER")  # fmt: skip
     return found
 
 

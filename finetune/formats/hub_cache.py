@@ -58,6 +58,12 @@ class CachedFiles:
                 self._released.pop(path, None)
                 self._released[path] = None
 
+    def close(self) -> None:
+        """Nothing is in use by this process: in a forked one, what its parent has in use."""
+        for lock in self._locks.values():
+            os.close(lock)
+        self._locks.clear()
+
     def shrink(self) -> bool:
         """Delete the oldest files that nobody reads, until the rest fits. Returns whether it does."""
         with self._listed() as file:
@@ -94,9 +100,19 @@ def _delete(path: Path) -> bool:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         blob = path.resolve()  # of huggingface_hub's cache: what the snapshot's link points to
         path.unlink(missing_ok=True)
-        blob.unlink(missing_ok=True)
+        if not _in_other_snapshot(path, blob):
+            blob.unlink(missing_ok=True)
         return True
     except BlockingIOError:
         return False
     finally:
         os.close(lock)
+
+
+def _in_other_snapshot(path: Path, blob: Path) -> bool:
+    """Whether another commit in huggingface_hub's cache has the same file: one that was downloaded in another way, say."""
+    snapshots = next((folder for folder in path.parents if folder.name == "snapshots"), None)
+    if snapshots is None:
+        return False
+    name = Path(*path.relative_to(snapshots).parts[1:])
+    return any((commit / name).exists() and (commit / name).samefile(blob) for commit in snapshots.iterdir())

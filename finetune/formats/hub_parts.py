@@ -11,6 +11,7 @@ from vla.finetune.formats.hdf5_reader import Hdf5Reader
 from vla.finetune.formats.hub import (
     HDF5,
     INFO,
+    PREFIX,
     RLDS,
     HubAddress,
     Listing,
@@ -55,7 +56,7 @@ def parts_of(address: HubAddress, listing: Listing, name: str, skip_bad: bool, c
     found = [file for file in listing.names if file.endswith(HDF5)]
     if not found:
         raise problem(f"{address} with {some_of(listing.names)}", f"{INFO} (LeRobot), {RLDS} (RLDS) or *.hdf5 (LIBERO)",
-                      "name the folder that holds one dataset: OWNER/NAME/FOLDER")  # fmt: skip
+                      f"name the folder that holds one dataset: {PREFIX}OWNER/NAME/FOLDER")  # fmt: skip
     return [_hdf5(address, listing, name, file, skip_bad, cached) for file in found]
 
 

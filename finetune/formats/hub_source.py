@@ -51,9 +51,12 @@ class HubSource(FrameSource):
             raise problem(f"cache_gb {cache_gb}", "0 or more", "correct it")
         self._arguments = (address, listing, name, cache_gb, skip_bad)
         self.name, self.where = name, str(address)
-        key = json.dumps([FORMAT, str(address), listing.commit, name, skip_bad])
+        self.revision = listing.commit
+        key = json.dumps([FORMAT, address.repo, address.folder, listing.commit, name, skip_bad])
         self._index = cache_folder() / "hub" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.index"
         self._index.parent.mkdir(parents=True, exist_ok=True)
+        place = hashlib.sha256(f"{address.repo}/{address.folder}".encode()).hexdigest()[:24]
+        self._files = self._index.with_name(f"{place}.files")  # of all commits: what an older one left is dropped too
         self._begin()
         numbers, facts = load_or_build(self._index, self._parts, self.where, self._cached, skip_bad)
         self._numbers = numbers
@@ -135,6 +138,7 @@ class HubSource(FrameSource):
 
     def _reader(self, part: int) -> FrameSource:
         if self._pid != os.getpid():  # a forked child: what it inherits is its parent's
+            self._cached.close()
             self._begin()
         if self._open and next(reversed(self._open)) == part:
             return self._open[part]
@@ -153,7 +157,7 @@ class HubSource(FrameSource):
     def _begin(self) -> None:
         """Nothing is open."""
         address, listing, name, cache_gb, skip_bad = self._arguments
-        self._pid, self._cached = os.getpid(), CachedFiles(cache_gb, self._index.with_suffix(".files"))
+        self._pid, self._cached = os.getpid(), CachedFiles(cache_gb, self._files)
         self._parts = parts_of(address, listing, name, skip_bad, self._cached)
         self._open: OrderedDict[int, FrameSource] = OrderedDict()
         """Part -> its reader, the one used last at the end."""

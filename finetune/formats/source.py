@@ -78,6 +78,8 @@ class FrameSource(ABC):
     """Where the episodes are that have no step; they are left out of `episodes`."""
     episodes: Sequence[EpisodeSpan]
     """In order and without gaps: the first starts at 0, each starts where the one before stops."""
+    revision: str = ""
+    """Commit of a dataset on the Hub."""
     in_order: bool = False
     """Frames that lie far apart are slow to read: it wants `ChunkDataset(window=...)`."""
     bad: tuple[BadEpisode, ...] = ()
