@@ -66,7 +66,10 @@ def say_motions(settings: Settings, policy: LocalPolicy, phrases: Sequence[str])
         return
     template = policy.spec.prompt.template
     if before is None:
-        motion = MotionSpec(tuple(phrases), settings.motion_template or motion_template(template))
+        motion = MotionSpec(
+            tuple(phrases), settings.motion_template or motion_template(template), lookahead=settings.motion_lookahead,
+            threshold=settings.motion_threshold, words=settings.motion_words,
+        )  # fmt: skip
     else:
         motion = dataclasses.replace(before, phrases=tuple(dict.fromkeys([*before.phrases, *phrases])))
     policy.spec = dataclasses.replace(policy.spec, motion=motion)

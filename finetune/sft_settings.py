@@ -283,7 +283,11 @@ class Settings:
         ):
             raise problem(f"motion_weight {self.motion_weight:g}, motion_lookahead {self.motion_lookahead}, motion_threshold "
                           f"{self.motion_threshold:g}", "a weight above 0, a count, 0 < motion_threshold <= 1", "correct it")  # fmt: skip
-        if not self.language_motion and (self.motion_words or self.motion_template or self.motion_lookahead):
+        if (
+            not self.language_motion
+            and not self.from_
+            and (self.motion_words or self.motion_template or self.motion_lookahead)
+        ):
             raise problem(
                 "settings of motions without --language-motion", "both", "pass --language-motion, or drop them"
             )

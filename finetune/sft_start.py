@@ -45,6 +45,7 @@ MARKS: dict[Kind, str] = {"policy": FILE, "adapter": ADAPTER_CONFIG}
 TOLD = (
     "method", "lora_r", "lora_alpha", "lora_dropout", "horizon", "head", "state", "proprio", "history", "numbers_as", "crop_area",
     "rotation_deg", "delta", "normalization", "stop_token", "backbone",
+    "language_motion", "motion_lookahead", "motion_threshold", "motion_words",
 )  # fmt: skip
 """Settings whose change is said; the others are names and paths."""
 CLIPPED = 0.2
@@ -185,7 +186,15 @@ def _of_policy(settings: Settings, spec: PolicySpec, folder: Path) -> dict[str, 
     gripper = (
         None if spec.action.gripper_dim is None else LAST if settings.gripper_dim is None else settings.gripper_dim
     )
-    prompt, head = spec.prompt, spec.head
+    prompt, head, motion = spec.prompt, spec.head, spec.motion
+    if motion is not None and settings.motion_template not in ("", motion.template):
+        raise problem("--motion-template with --from a policy with language motions", "the policy's own motion query",
+                      "drop --motion-template")  # fmt: skip
+    motions = {} if motion is None else {  # unless the new data are to be read in another way
+        "language_motion": True, "motion_lookahead": settings.motion_lookahead or motion.lookahead,
+        "motion_threshold": motion.threshold if settings.motion_threshold == Settings.motion_threshold else settings.motion_threshold,
+        "motion_words": settings.motion_words or motion.words,
+    }  # fmt: skip
     tokenizer = str(folder / TOKENIZER_FOLDER) if (folder / TOKENIZER_FOLDER).is_dir() else spec.tokens.scheme
     if settings.tokenizer not in (Settings.tokenizer, spec.tokens.scheme, tokenizer):
         raise problem(f"tokenizer {settings.tokenizer} with --from a policy", f"{spec.tokens.scheme}, whose tokens it speaks",
@@ -199,8 +208,7 @@ def _of_policy(settings: Settings, spec: PolicySpec, folder: Path) -> dict[str, 
         "head": head.kind if head else "tokens", "proprio": bool(head and head.state_names), "film": bool(head and head.film),
         "normalization": spec.action.normalization, "placement": "auto", "protocol": "", "frames_turned": False,
         "stop_token": settings.stop_token and head is None,
-        "language_motion": settings.language_motion or spec.motion is not None,
-        "tokenizer": tokenizer, "backbone": spec.backbone.source,
+        "tokenizer": tokenizer, "backbone": spec.backbone.source, **motions,
     }  # fmt: skip
 
 

@@ -329,6 +329,20 @@ def test_training_goes_on_with_its_motions(trained, folder):
     assert rows_of(settings)[0]["motion_loss"] < rows_of(trained)[0]["motion_loss"]
 
 
+def test_training_goes_on_with_its_rule(trained, folder):
+    before = read_spec(trained.out / "policy").motion
+    assert before is not None and before.words == trained.motion_words and before.words
+    plain = {
+        name: getattr(sft.Settings, name)
+        for name in ("language_motion", "motion_words", "motion_lookahead", "motion_threshold")
+    }
+    settings = motion_settings(folder, "rule", steps=1, from_=str(trained.out / "policy"), **plain)
+    sft.run(settings)
+    assert read_spec(settings.out / "policy").motion == before
+    with pytest.raises(VlaError, match="--motion-template with --from a policy with language motions"):
+        sft.run(dataclasses.replace(settings, out=folder / "other", motion_template="Motion to {instruction}?"))
+
+
 def test_resumed_exactly(folder):
     settings = motion_settings(folder, "straight", lora_dropout=0.2)
     sft.run(settings)

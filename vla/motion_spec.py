@@ -21,6 +21,13 @@ class MotionSpec:
     """The motion query's prompt, with the fields of `PromptSpec.template`."""
     joined: str = "{instruction}, with the motion: {motion}"
     """What stands for the instruction in the action query."""
+    lookahead: int = 0
+    """How the phrases were read off the data, so that training goes on with the same: see
+    `vla.finetune.data.language_motion.MotionRule`. Steps whose movement a phrase describes; 0: as many as the horizon."""
+    threshold: float = 0.25
+    """From which share of its fast movement on a dimension is said."""
+    words: tuple[str, ...] = ()
+    """NAME=PLUS/MINUS for dimensions with words of their own."""
 
 
 def check_motion(motion: MotionSpec, template: str) -> None:
