@@ -167,7 +167,7 @@ class Loop:
         signal.signal(signal.SIGTERM, self._ask_to_stop)
         activate_dropout(self.policy.backbone.model)
         settings, first = self.settings, self.step
-        started, seen = time.monotonic(), 0
+        began, seen = time.monotonic(), 0
         batch = settings.batch_size * settings.grad_accumulation * self.accelerator.num_processes
         with Progress("finetune", settings.steps, self.step) as progress:
             while self.step < settings.steps and not self._stalled:
@@ -175,7 +175,7 @@ class Loop:
                     row = self._optimizer_step(batch)
                 seen += batch
                 if self.step % settings.log_every_steps == 0 or self.step in (first + 1, settings.steps):
-                    row["samples_per_s"] = seen / (time.monotonic() - started)
+                    row["samples_per_s"] = seen / (time.monotonic() - began)
                     self._log(row)
                 self._evaluate()
                 stop = sum_over_ranks(self.accelerator, [self._stop])[0] > 0  # all ranks save at the same step, or none

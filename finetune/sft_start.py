@@ -228,15 +228,8 @@ def _of_adapter(settings: Settings, start: Start) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         packed = spec is not None and spec.backbone.quantization == "nf4"
-        method = (
-            "qlora"
-            if packed
-            else "dora"
-            if config.get("use_dora")
-            else "rslora"
-            if config.get("use_rslora")
-            else "lora"
-        )
+        marks = {"qlora": packed, "dora": config.get("use_dora"), "rslora": config.get("use_rslora")}
+        method = next((name for name, marked in marks.items() if marked), "lora")
         values = {
             "lora_r": int(config["r"]),
             "lora_alpha": config["lora_alpha"],

@@ -14,7 +14,7 @@ from serving import FakePolicy, running
 from sources import ARM, ArraySource
 from test_sft_launch import run_two
 from test_sft_resume import same_run
-from training import fake_dataset, sft_settings, tiny_backbone
+from training import fake_dataset, in_two_parts, sft_settings, tiny_backbone
 
 from vla import cli, merge
 from vla.backbone import Backbone, load_backbone
@@ -347,16 +347,7 @@ def test_resumed_exactly(folder):
     settings = motion_settings(folder, "straight", lora_dropout=0.2)
     sft.run(settings)
     halves = dataclasses.replace(settings, out=folder / "halves")
-    save = sft.Loop._save
-
-    def save_then_stop(self: sft.Loop) -> None:
-        save(self)
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sft.Loop, "_save", save_then_stop)
-        sft.run(halves)
-    sft.run(dataclasses.replace(halves, resume=True))
+    in_two_parts(halves)
     same_run(halves.out, settings.out)
 
 

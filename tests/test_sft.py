@@ -17,7 +17,7 @@ from sources import ARM, ArraySource
 from test_demonstrate import LiftSuite
 from test_hdf5_reader import write as write_hdf5
 from toy_scheme import WHERE, ToyTokenizer
-from training import fake_dataset, in_process, sft_settings, tiny_backbone
+from training import fake_dataset, in_process, in_two_parts, sft_settings, tiny_backbone
 
 from vla.files import read_jsonl
 from vla.finetune import collect, sft
@@ -369,16 +369,7 @@ def test_mixed_and_augmented_training_resumes_and_accumulates(folder, four_forma
     common = {"data": tuple(four_formats[:2]), "cameras": (CAMERA,), "augment": True, "crop_area": 0.9, "lora_r": 2,
               "holdout_episodes": 1, "steps": 4, "batch_size": 2, "weights": (1.0, 1.0), "gripper_dim": -1}  # fmt: skip
     straight = sft.run(sft_settings(folder, out=tmp_path / "straight", **common))
-    stop = sft.Loop._save
-
-    def save_then_stop(self: sft.Loop) -> None:
-        stop(self)
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sft.Loop, "_save", save_then_stop)
-        sft.run(sft_settings(folder, out=tmp_path / "halves", **common))
-    resumed = sft.run(sft_settings(folder, out=tmp_path / "halves", resume=True, **common))
+    resumed = in_two_parts(sft_settings(folder, out=tmp_path / "halves", **common))
     assert adapter_hash(resumed) == adapter_hash(straight)
     parts = {**common, "batch_size": 1, "grad_accumulation": 2, "steps": 1}
     sft.run(sft_settings(folder, out=tmp_path / "parts", **parts))

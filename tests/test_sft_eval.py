@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from toy_scheme import WHERE, ToyTokenizer
-from training import fake_dataset, sft_settings, tiny_backbone
+from training import fake_dataset, in_two_parts, sft_settings, tiny_backbone
 
 from vla.cli import main
 from vla.files import append_jsonl, read_jsonl
@@ -137,17 +137,7 @@ def test_the_best_so_far_survives_a_resume(folder, monkeypatch):
     monkeypatch.setattr(sft, "held_out_figures", lambda *_: {"holdout_loss": next(losses)})
     settings = sft_settings(folder, out=folder / "survives", steps=4, eval_every_steps=1, save_every_steps=1,
                             free_running_samples=0)  # fmt: skip
-    save = sft.Loop._save
-
-    def save_then_stop(self: sft.Loop) -> None:
-        save(self)
-        if self.step == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sft.Loop, "_save", save_then_stop)
-        sft.run(settings)
-    sft.run(dataclasses.replace(settings, resume=True))
+    in_two_parts(settings, until_step=3)
     state = json.loads((settings.out / "checkpoints" / "step-00000004" / "state.json").read_text())
     assert state["best"] == {"step": 2, "holdout_loss": 1.0, "n_since": 2}
 

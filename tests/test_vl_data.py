@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_sft_resume import same_run
-from training import fake_dataset, sft_settings, tiny_backbone
+from training import fake_dataset, in_two_parts, sft_settings, tiny_backbone
 
 from vla.files import read_jsonl
 from vla.finetune import sft
@@ -90,16 +90,7 @@ def test_resumed_exactly(folder):
     settings = settings_of(folder, "straight", lora_dropout=0.2)
     sft.run(settings)
     halves = dataclasses.replace(settings, out=folder / "halves")
-    save = sft.Loop._save
-
-    def save_then_stop(self: sft.Loop) -> None:
-        save(self)
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sft.Loop, "_save", save_then_stop)
-        sft.run(halves)
-    sft.run(dataclasses.replace(halves, resume=True))
+    in_two_parts(halves)
     same_run(halves.out, settings.out)
 
 
@@ -463,16 +454,7 @@ def test_training_on_a_stream_resumes_exactly(folder, hub):
     settings = settings_of(folder, "stream", vl_data=both, vl_weights=(2.0, 1.0), lora_dropout=0.2)
     sft.run(settings)
     halves = dataclasses.replace(settings, out=folder / "stream halves")
-    save = sft.Loop._save
-
-    def save_then_stop(self: sft.Loop) -> None:
-        save(self)
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sft.Loop, "_save", save_then_stop)
-        sft.run(halves)
-    sft.run(dataclasses.replace(halves, resume=True))
+    in_two_parts(halves)
     same_run(halves.out, settings.out)
 
 

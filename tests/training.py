@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import pytest
 from families import FAMILIES
 
 from vla.finetune import collect, sft
@@ -40,6 +42,21 @@ def forked(target: Callable[..., object], *args: object) -> BaseProcess:
     process = context.Process(target=target, args=args)
     process.start()
     return process
+
+
+def in_two_parts(settings: sft.Settings, until_step: int = 0) -> Path:
+    """The policy of a run that is interrupted right after its first checkpoint, or that of `until_step`, and resumed."""
+    save = sft.Loop._save
+
+    def save_then_stop(self: sft.Loop) -> None:
+        save(self)
+        if self.step >= until_step:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sft.Loop, "_save", save_then_stop)
+        sft.run(settings)
+    return sft.run(dataclasses.replace(settings, resume=True))
 
 
 def sft_settings(folder: Path, **changes: object) -> sft.Settings:
