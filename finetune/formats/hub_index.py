@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import io
-import json
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,11 +14,13 @@ from vla.files import write_bytes
 from vla.finetune.data.without_bad import check_episode
 from vla.finetune.formats.hub_cache import CachedFiles
 from vla.finetune.formats.hub_parts import Part
+from vla.finetune.formats.index_file import packed, unpacked
 from vla.finetune.formats.source import FrameSource, Unreachable
 from vla.progress import Progress
 from vla.types import VlaError, problem
 
 FORMAT = 1  # raise it when the arrays or the way they are made change
+STATE = bytes(32)  # the file's name holds all that the index depends on
 
 Facts = dict[str, Any]
 """JSON: what the parts have in common (fps, cameras, ...), `texts`, `bad`, `empty`, and of each episode in `episodes`: file,
@@ -53,10 +51,10 @@ def load_or_build(
     """The index at `path`, made first if there is none. Of several processes one makes it and the others wait."""
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        found = _load(path)
+        found = _load(path, STATE)
         if found is None:
             found = _build(parts, where, cached, skip_bad)
-            write_bytes(path, _packed(*found))
+            write_bytes(path, packed(vars(found[0]), found[1], STATE))
     return found
 
 
@@ -128,26 +126,9 @@ def _take(
         facts["episodes"].append([*reader.place_of(k), reader.success_of(k), reader.seed_of(k), reader.task_of(k)])
 
 
-def _packed(numbers: Numbers, facts: dict[str, Any]) -> bytes:
-    """A checksum of the rest, and the rest as .npz."""
-    buffer = io.BytesIO()
-    np.savez(buffer, facts=np.frombuffer(json.dumps(facts).encode(), np.uint8), **vars(numbers))
-    content = buffer.getvalue()
-    return hashlib.sha256(content).digest() + content
-
-
-def _load(path: Path) -> tuple[Numbers, dict[str, Any]] | None:
+def _load(path: Path, state: bytes) -> tuple[Numbers, Facts] | None:
     """None if there is no index, or it is damaged."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
+    found = unpacked(path, state)
+    if found is None or found[0].keys() != {field.name for field in fields(Numbers)}:
         return None
-    content = memoryview(data)[32:]
-    if hashlib.sha256(content).digest() != data[:32]:
-        return None
-    try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            facts = json.loads(arrays["facts"].tobytes())
-            return Numbers(**{field.name: arrays[field.name] for field in fields(Numbers)}), facts
-    except (KeyError, ValueError, zipfile.BadZipFile):
-        return None
+    return Numbers(**found[0]), found[1]

@@ -7,11 +7,9 @@ the files and the rule are those it was made from, and three episodes read again
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import pickle
-import zipfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import numpy as np
 
 from vla.files import write_bytes
 from vla.finetune.data.standard import Standardizer
+from vla.finetune.formats.index_file import packed, unpacked
 from vla.finetune.formats.rlds_index import Index, Plan, Rows, build, read_episode
 from vla.finetune.formats.source import BadEpisode
 from vla.finetune.formats.tfds_info import DATASET_INFO, FEATURES
@@ -84,30 +83,17 @@ def _state(plan: Plan) -> bytes:
 
 
 def _packed(index: Index, state: bytes) -> bytes:
-    """The state, a checksum of the rest, and the rest as .npz."""
     bad = [[row.file, row.record, row.why] for row in index.bad]
-    text = json.dumps({"instructions": index.instructions, "bad": bad}).encode()
-    buffer = io.BytesIO()
-    np.savez(buffer, text=np.frombuffer(text, np.uint8), **vars(index.rows))
-    content = buffer.getvalue()
-    return state + hashlib.sha256(content).digest() + content
+    return packed(vars(index.rows), {"instructions": index.instructions, "bad": bad}, state)
 
 
 def _load(path: Path, state: bytes, plan: Plan) -> Index | None:
     """The index of that file; None if there is none, or it is damaged, stale, or does not say what the dataset says."""
-    try:
-        data = path.read_bytes()
-    except OSError:
+    found = unpacked(path, state)
+    if found is None or found[0].keys() != {field.name for field in fields(Rows)}:
         return None
-    content = memoryview(data)[64:]
-    if data[:32] != state or hashlib.sha256(content).digest() != data[32:64]:
-        return None
-    try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            text = json.loads(arrays["text"].tobytes())
-            rows = Rows(**{field.name: arrays[field.name] for field in fields(Rows)})
-    except (KeyError, ValueError, zipfile.BadZipFile):
-        return None
+    arrays, text = found
+    rows = Rows(**arrays)
     index = Index(rows, tuple(text["instructions"]), tuple(BadEpisode(*row) for row in text["bad"]))
     return index if _agrees(index, plan) else None
 
